@@ -141,11 +141,13 @@ class Group:
 class TrainSample:
     """What the actor needs of one answer.
 
+    `index` numbers the answer within the step, so that results computed on any rank find their way back.
     `weights` (R,) already hold the inverse of the *global* denominator of the loss (see `verl.algorithms.aggregation`),
     so that a loss is a plain sum and does not depend on how the mini-batch is cut.
     `old_log_probs` None means "this forward defines them" (ratio 1).
     """
 
+    index: int
     token_ids: TokenIds
     weights: LogProbs
     advantage: float = 0.0

@@ -1,0 +1,146 @@
+"""Old names and values at their level: alias takes effect, warn warns once, error refuses with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from config_cases import sft, small
+
+from verl.config.legacy import PPO_RULES, SFT_RULES, Level, Rule, find_rule, is_neutral
+from verl.config.loader import SCHEMAS, Resolved
+from verl.config.schema import leaves
+
+TABLES = {"ppo_trainer": PPO_RULES, "sft_trainer": SFT_RULES}
+NAMES = list(TABLES)
+
+
+def run(name: str, *overrides: str) -> Resolved:
+    return small(*overrides) if name == "ppo_trainer" else sft(*overrides)
+
+
+def example_of(pattern: str) -> str:
+    """A key that the pattern matches."""
+    return pattern.replace("*", "actor" if ".*." in pattern else "some_key")
+
+
+def overrides_at(name: str, level: Level) -> dict[str, Rule]:
+    """One override with a value that is not neutral for each rule of the level."""
+    return {
+        f"{example_of(pattern)}={18 if is_neutral(17, rule) else 17}": rule
+        for pattern, rule in TABLES[name].items()
+        if rule.level is level
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rule_is_reached_and_hides_no_key_of_ours(name: str) -> None:
+    keys = dict(leaves(SCHEMAS[name].root))
+    for pattern, rule in TABLES[name].items():
+        assert find_rule(example_of(pattern), TABLES[name]) == (pattern, rule)
+        assert pattern not in keys
+        assert rule.target is None or "*" in rule.target or rule.target in keys
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_refused_name_is_an_error_with_its_reason(name: str) -> None:
+    wanted = [f"{override}: {rule.reason}" for override, rule in overrides_at(name, Level.ERROR).items()]
+    with pytest.raises(ValueError) as error:
+        run(name, *overrides_at(name, Level.ERROR))
+    assert str(error.value).splitlines() == wanted and len(wanted) >= 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_warned_name_gives_one_warning_with_its_reason(name: str) -> None:
+    wanted = [f"{override} has no effect: {rule.reason}" for override, rule in overrides_at(name, Level.WARN).items()]
+    assert list(run(name, *overrides_at(name, Level.WARN)).warnings) == wanted and len(wanted) >= 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("which", [0, 1])
+def test_values_that_ask_for_what_happens_anyway_pass_silently(name: str, which: int) -> None:
+    rules = [(pattern, rule) for pattern, rule in TABLES[name].items() if len(rule.neutral) > which]
+    texts = ["null" if rule.neutral[which] is None else str(rule.neutral[which]) for _, rule in rules]
+    assert rules
+    assert run(name, *(f"+{example_of(p)}={t}" for (p, _), t in zip(rules, texts, strict=True))).warnings == ()
+
+
+def test_true_is_not_the_neutral_one() -> None:
+    with pytest.raises(ValueError, match="not implemented"):
+        small("data.filter_overlong_prompts_workers=True")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expected"),
+    [
+        ("trainer.val_generations_to_log_to_wandb=3", "trainer.log_val_generations", 3),
+        ("trainer.remove_previous_ckpt_in_save=True", "trainer.max_actor_ckpt_to_keep", 1),
+        ("trainer.remove_previous_ckpt_in_save=False", "trainer.max_actor_ckpt_to_keep", None),
+        (
+            "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine",
+            "actor_rollout_ref.actor.optim.warmup_style",
+            "cosine",
+        ),
+        ("actor_rollout_ref.actor.optim.clip_grad=0.5", "actor_rollout_ref.actor.grad_clip", 0.5),
+        ("reward.custom_reward_function.path=r.py", "custom_reward_function.path", "r.py"),
+        ("reward.custom_reward_function.name=score", "custom_reward_function.name", "score"),
+        ("reward.custom_reward_function.reward_kwargs.a=1", "custom_reward_function.reward_kwargs", {"a": 1}),
+        ("reward.reward_manager.name=dapo", "reward_model.reward_manager", "dapo"),
+        ("actor_rollout_ref.rollout.load_format=dummy_dtensor", "actor_rollout_ref.rollout.load_format", "dummy"),
+        ("actor_rollout_ref.rollout.dtype=bf16", "actor_rollout_ref.rollout.dtype", "bfloat16"),
+        (
+            "actor_rollout_ref.actor.fsdp_config.model_dtype=bfloat16",
+            "actor_rollout_ref.actor.fsdp_config.model_dtype",
+            "bf16",
+        ),
+        ("trainer.resume_from_path=False", "trainer.resume_from_path", None),
+    ],
+)
+def test_an_alias_takes_effect_under_its_new_name(override: str, key: str, expected: object) -> None:
+    node: Any = small(override).config
+    for name in key.split("."):
+        node = getattr(node, name)
+    assert node == expected
+
+
+def test_old_and_new_name_with_different_values_are_an_error_and_with_equal_values_fine() -> None:
+    with pytest.raises(ValueError, match=r"reward\.custom_reward_function\.path=b\.py set the same key"):
+        small("custom_reward_function.path=a.py", "reward.custom_reward_function.path=b.py")
+    both = small("custom_reward_function.path=a.py", "reward.custom_reward_function.path=a.py")
+    assert both.config.custom_reward_function.path == "a.py"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.adv_estimator=gae", "algorithm.adv_estimator=grpo"),
+        ("algorithm.adv_estimator=rloo", "not implemented yet"),
+        ("actor_rollout_ref.actor.strategy=megatron", "fsdp2"),
+        ("actor_rollout_ref.rollout.name=sglang", "vllm or hf"),
+        ("actor_rollout_ref.hybrid_engine=False", "not implemented yet"),
+        ("reward_model.enable=True", "custom_reward_function.path"),
+        ("reward_model.reward_manager=mine", "expected one of naive"),
+        ("actor_rollout_ref.model.lora_rank=32", "not implemented yet"),
+        ("trainer.resume_from_path=True", "resume_mode=resume_path"),
+        ("actor_rollout_ref.model.path=hdfs://x/y", "copy it to a local folder"),
+        ("data.train_files=[hdfs://x/y.parquet]", "HDFS is not supported"),
+    ],
+)
+def test_a_refused_value_names_the_reason(override: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        small(override)
+    assert message in str(error.value) and override.partition("=")[0] in str(error.value)
+
+
+def test_a_section_of_old_keys_may_come_as_a_mapping() -> None:
+    warnings = small("critic={optim: {lr: 1e-5}, ppo_epochs: 1}").warnings
+    assert len(warnings) == 2 and all("no critic" in w for w in warnings)
+
+
+def test_an_old_key_is_warned_about_once() -> None:
+    assert len(small("critic.grad_clip=1", "critic.grad_clip=2").warnings) == 1
+
+
+def test_sft_micro_batch_size_is_the_size_per_gpu() -> None:
+    assert sft("data.micro_batch_size=2").config.data.micro_batch_size_per_gpu == 2
+    assert sft("data.micro_batch_size=null").config.data.micro_batch_size_per_gpu == 4

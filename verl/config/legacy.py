@@ -1,0 +1,238 @@
+"""Names and values of verl and of the original TimeMaster that are not keys of ours: one table, old name -> rule.
+
+A pattern may hold `*`; an exact name comes first, then the first pattern that matches. The tables are data:
+`verl.config.overrides` applies them to what the user wrote, before hydra composes, and README's table of old
+keys is made from them.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+
+class Level(enum.Enum):
+    """What happens to an old name."""
+
+    ALIAS = "alias"
+    """Rewritten to a new name that takes effect."""
+    WARN = "warn"
+    """Accepted, does nothing, and one warning says so."""
+    ERROR = "error"
+    """Refused at start with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One line of the table."""
+
+    level: Level
+    target: str | None
+    """ALIAS: the new name; `*` stands for what the pattern's `*` matched."""
+    reason: str
+    neutral: tuple[Any, ...] = ()
+    """Values that ask for what happens anyway; they pass without a word."""
+    values: Mapping[Any, str | None] = field(default_factory=dict)
+    """ALIAS: old value -> new value as text; None drops the override."""
+
+
+def alias(target: str, reason: str = "", values: Mapping[Any, str | None] | None = None) -> Rule:
+    return Rule(Level.ALIAS, target, reason, values=values or {})
+
+
+def warn(reason: str, *neutral: Any) -> Rule:
+    return Rule(Level.WARN, None, reason, neutral)
+
+
+def error(reason: str, *neutral: Any) -> Rule:
+    return Rule(Level.ERROR, None, reason, neutral)
+
+
+def missing(*neutral: Any) -> Rule:
+    """A feature that verl has and we do not have yet."""
+    return Rule(Level.ERROR, None, "not implemented yet", neutral)
+
+
+_MEGATRON = "there is no Megatron back end; set actor_rollout_ref.actor.strategy=fsdp2"
+_NO_CRITIC = "there is no critic: GRPO takes its baseline from the group"
+_NO_REWARD_MODEL = "there is no reward model on GPUs; use custom_reward_function.path"
+_BY_BLOCK = "FSDP2 wraps by transformer block"
+_HDFS = "nothing is copied to HDFS; trainer.default_local_dir is where outputs go"
+_NOTHING_IN_VERL = "it does nothing in verl either"
+_V1 = "it belongs to verl's other trainer"
+
+PPO_RULES: dict[str, Rule] = {
+    # Megatron, critic, reward model
+    "*.megatron.*": warn(_MEGATRON),
+    "critic.*": warn(_NO_CRITIC),
+    "reward_model.*": warn(_NO_REWARD_MODEL),
+    # data
+    "data.tokenizer": warn("the tokenizer comes from actor_rollout_ref.model.path", None),
+    "data.return_raw_input_ids": warn("prompts are tokenised once", False),
+    "data.return_raw_chat": warn("prompts are tokenised once", False),
+    "data.gen_batch_size": missing(None),
+    "data.train_max_samples": missing(-1, None),
+    "data.val_max_samples": missing(-1, None),
+    "data.dataloader_num_workers": missing(0),
+    "data.filter_overlong_prompts_workers": missing(1, None),
+    "data.validation_shuffle": missing(False),
+    "data.reward_fn_key": missing("data_source"),
+    "data.custom_cls.*": missing(None),
+    "data.apply_chat_template_kwargs": missing({}),
+    "data.apply_chat_template_kwargs.*": missing(),
+    "data.mm_processor_kwargs": missing({}),
+    "data.mm_processor_kwargs.*": missing(),
+    "data.trust_remote_code": missing(False),
+    # model
+    "actor_rollout_ref.model.use_liger": missing(False),
+    "actor_rollout_ref.model.lora_rank": missing(0),
+    "actor_rollout_ref.model.lora_alpha": missing(16),
+    "actor_rollout_ref.model.target_modules": missing("all-linear"),
+    "actor_rollout_ref.model.exclude_modules": missing(None),
+    "actor_rollout_ref.model.lora_adapter_path": missing(None),
+    "actor_rollout_ref.model.use_fused_kernels": missing(False),
+    "actor_rollout_ref.model.fused_kernel_options.*": missing(None),
+    "actor_rollout_ref.model.enable_activation_offload": missing(False),
+    # actor
+    "actor_rollout_ref.actor.use_torch_compile": missing(False),
+    "actor_rollout_ref.*.ulysses_sequence_parallel_size": warn("there is no sequence parallelism", 1),
+    "actor_rollout_ref.actor.policy_loss.loss_mode": missing("vanilla"),
+    "actor_rollout_ref.actor.policy_loss.*": missing(None),
+    "actor_rollout_ref.actor.calculate_entropy": missing(False),
+    "actor_rollout_ref.actor.use_prefix_grouper": warn("the answers of a group always share their prompt", True),
+    "actor_rollout_ref.actor.use_fused_kernels": missing(False),
+    "actor_rollout_ref.actor.data_loader_seed": missing(None),
+    "actor_rollout_ref.actor.checkpoint.async_save": missing(False),
+    "actor_rollout_ref.actor.checkpoint.*": missing(),
+    "actor_rollout_ref.actor.entropy_from_logits_with_chunking": warn("the entropy is always made in chunks", True),
+    "actor_rollout_ref.actor.entropy_checkpointing": missing(False),
+    "actor_rollout_ref.*.fsdp_config.wrap_policy.*": warn(_BY_BLOCK, 0, None),
+    "actor_rollout_ref.*.fsdp_config.reshard_after_forward": missing(True),
+    "actor_rollout_ref.*.fsdp_config.offload_policy": missing(False),
+    "actor_rollout_ref.*.fsdp_config.forward_prefetch": missing(False),
+    "actor_rollout_ref.*.fsdp_config.seed": missing(None),
+    "actor_rollout_ref.*.fsdp_config.full_determinism": missing(False),
+    "actor_rollout_ref.actor.optim.lr_scheduler_type": alias("actor_rollout_ref.actor.optim.warmup_style"),
+    "actor_rollout_ref.actor.optim.clip_grad": alias("actor_rollout_ref.actor.grad_clip"),
+    "actor_rollout_ref.actor.optim.optimizer": missing("AdamW"),
+    "actor_rollout_ref.actor.optim.num_cycles": missing(0.5),
+    # rollout
+    "actor_rollout_ref.rollout.use_fire_sampling": warn("there is no FIRE sampling", False),
+    "actor_rollout_ref.rollout.over_sample_rate": warn(_NOTHING_IN_VERL, 0, 0.0),
+    "actor_rollout_ref.rollout.multi_stage_wake_up": warn(_NOTHING_IN_VERL, False),
+    "actor_rollout_ref.rollout.multi_turn.num_repeat_rollouts": warn(_NOTHING_IN_VERL, None),
+    "actor_rollout_ref.rollout.agent.custom_async_server": warn(_NOTHING_IN_VERL, None),
+    "actor_rollout_ref.rollout.agent.custom_async_server.*": warn(_NOTHING_IN_VERL, None),
+    "actor_rollout_ref.rollout.agent.num_workers": missing(),
+    "actor_rollout_ref.rollout.mode": missing("sync"),
+    "actor_rollout_ref.rollout.calculate_log_probs": warn("the sampler's log-probs are always kept", True),
+    "actor_rollout_ref.rollout.logprobs_mode": missing("processed_logprobs"),
+    "actor_rollout_ref.rollout.cudagraph_capture_sizes": missing(None),
+    "actor_rollout_ref.rollout.enable_prefix_caching": missing(False),
+    "actor_rollout_ref.rollout.engine_kwargs.*": missing(None),
+    "actor_rollout_ref.rollout.checkpoint_engine.*": missing(),
+    "actor_rollout_ref.rollout.quantization": missing(None),
+    # algorithm
+    "algorithm.filter_groups.enable": missing(False),
+    "algorithm.filter_groups.*": missing(None),
+    "algorithm.rollout_correction.bypass_mode": missing(False),
+    "algorithm.rollout_correction.*": missing(None),
+    # reward
+    "reward.custom_reward_function.*": alias("custom_reward_function.*"),
+    "reward.reward_manager.name": alias("reward_model.reward_manager"),
+    "reward.reward_manager.*": missing(None),
+    "reward.num_workers": missing(),
+    # trainer and the rest
+    "trainer.val_generations_to_log_to_wandb": alias("trainer.log_val_generations"),
+    "trainer.remove_previous_ckpt_in_save": alias(
+        "trainer.max_actor_ckpt_to_keep",
+        "True keeps one, deleted after the next is whole",
+        {True: "1", False: None},
+    ),
+    "trainer.default_hdfs_dir": warn(_HDFS, None),
+    "trainer.del_local_ckpt_after_load": warn("a checkpoint is never deleted for having been read", False),
+    "trainer.max_critic_ckpt_to_keep": warn(_NO_CRITIC, None),
+    "trainer.ray_wait_register_center_timeout": warn("there is no register centre"),
+    "trainer.esi_redundant_time": warn("there is no expiring instance to save for", 0),
+    "trainer.use_v1": warn(_V1, False),
+    "trainer.v1.*": warn(_V1),
+    "ray_init.*": missing(None),
+    "ray_kwargs.*": missing(None),
+    "global_profiler.*": missing(None),
+    "hydra.*": warn("hydra's own output folder is not used; see trainer.default_local_dir"),
+}
+
+SFT_RULES: dict[str, Rule] = {
+    "data.micro_batch_size": alias("data.micro_batch_size_per_gpu", values={None: None}),
+    "data.balance_dp_token": warn("batches are always balanced by cost"),
+    "data.chat_template": warn("the chat template comes from the model", None),
+    "model.fsdp_config.cpu_offload": warn("use model.fsdp_config.param_offload and optimizer_offload", False),
+    "model.fsdp_config.offload_params": warn("use model.fsdp_config.param_offload", False),
+    "model.fsdp_config.wrap_policy.*": warn(_BY_BLOCK, 0, None),
+    "model.lora_rank": missing(0),
+    "model.lora_alpha": missing(16),
+    "model.target_modules": missing("all-linear"),
+    "model.use_liger": missing(False),
+    "ulysses_sequence_parallel_size": warn("there is no sequence parallelism", 1),
+    "use_remove_padding": warn("the packed forward is the only one", True),
+    "trainer.default_hdfs_dir": warn(_HDFS, None),
+    "hydra.*": warn("hydra's own output folder is not used; see trainer.default_local_dir"),
+}
+
+_PRECISIONS = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
+_DTYPES = {short: long for long, short in _PRECISIONS.items()} | {"half": "float16", "float": "float32"}
+_TO_PRECISION = {old: alias(new) for old, new in _PRECISIONS.items()}
+_TO_DTYPE = {old: alias(new) for old, new in _DTYPES.items()}
+_FSDP = ("model_dtype", "mixed_precision.param_dtype", "mixed_precision.reduce_dtype", "mixed_precision.buffer_dtype")
+_GRPO = "set algorithm.adv_estimator=grpo"
+
+PPO_VALUES: dict[str, dict[Any, Rule]] = {
+    "algorithm.adv_estimator": {
+        "gae": error(f"gae needs a critic, and there is none; {_GRPO}"),
+        **{k: error(f"not implemented yet; {_GRPO}") for k in ("reinforce_plus_plus", "remax", "rloo")},
+    },
+    "algorithm.kl_penalty": {"full": error("not implemented; set algorithm.kl_penalty=kl or low_var_kl")},
+    "actor_rollout_ref.actor.strategy": {"megatron": error(_MEGATRON)},
+    "actor_rollout_ref.rollout.name": {"sglang": error("not supported; set actor_rollout_ref.rollout.name=vllm or hf")},
+    "actor_rollout_ref.hybrid_engine": {
+        False: error("split placement is not implemented yet; set actor_rollout_ref.hybrid_engine=True")
+    },
+    "actor_rollout_ref.rollout.load_format": {"dummy*": alias("dummy")},
+    "actor_rollout_ref.rollout.dtype": _TO_DTYPE,
+    **{f"actor_rollout_ref.actor.fsdp_config.{name}": _TO_PRECISION for name in _FSDP},
+    "reward_model.enable": {True: error(_NO_REWARD_MODEL)},
+    "trainer.resume_from_path": {
+        False: alias("null"),
+        True: error("name the folder: trainer.resume_from_path=.../global_step_N with trainer.resume_mode=resume_path"),
+    },
+}
+
+SFT_VALUES: dict[str, dict[Any, Rule]] = {
+    "rollout.name": PPO_VALUES["actor_rollout_ref.rollout.name"],
+    "rollout.dtype": _TO_DTYPE,
+    **{f"model.fsdp_config.{name}": _TO_PRECISION for name in _FSDP},
+}
+
+
+def find_rule(key: str, rules: Mapping[str, Rule]) -> tuple[str, Rule] | None:
+    """The pattern and rule for an old name: an exact name before a pattern, then the table's order."""
+    if key in rules:
+        return key, rules[key]
+    return next(((p, rule) for p, rule in rules.items() if "*" in p and fnmatchcase(key, p)), None)
+
+
+def find_value_rule(key: str, value: Any, rules: Mapping[str, Mapping[Any, Rule]]) -> Rule | None:
+    """The rule for an old value of a key that we have."""
+    for old, rule in rules.get(key, {}).items():
+        same = type(old) is type(value) and old == value
+        if same or (isinstance(old, str) and isinstance(value, str) and "*" in old and fnmatchcase(value, old)):
+            return rule
+    return None
+
+
+def is_neutral(value: Any, rule: Rule) -> bool:
+    """Whether the value asks for what happens anyway. True is not 1 here, but 1 is 1.0."""
+    return any(isinstance(value, bool) == isinstance(n, bool) and value == n for n in rule.neutral)

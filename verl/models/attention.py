@@ -1,0 +1,173 @@
+"""One attention function for the whole model, registered with transformers under `IMPLEMENTATION`.
+
+The text layers hand over an `AttentionPlan` (a keyword that travels through the layers, so activation checkpointing
+captures it). The vision tower hands over `cu_seq_lens_q`, because the registered name contains `flash`.
+
+Run on transformers 5.17; the name rule is `is_flash_attention_requested` there. CUDA uses torch's `varlen_attn`
+(torch 2.11, `torch.nn.attention.varlen`); CPU uses SDPA with one explicit mask per group, because SDPA's own
+`is_causal` aligns a short query to the start of a longer key.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from verl.packing.layout import PackedBatch
+
+IMPLEMENTATION = "timemaster_packed_flash"
+
+_ROUND_MAX_LENGTH = 128  # max_q and max_k are rounded up, or every new length would compile a new kernel
+
+
+class AttentionPlan(Protocol):
+    """How one forward pass attends. `q` (1, Hq, T, d), `k` and `v` (1, Hkv, T, d); returns (1, T, Hq, d)."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
+
+
+def repeat_kv(x: Tensor, heads: int) -> Tensor:
+    """(.., Hkv, T, d) -> (.., heads, T, d): each KV head serves a run of query heads."""
+    return x if x.shape[-3] == heads else x.repeat_interleave(heads // x.shape[-3], dim=-3)
+
+
+@dataclass(frozen=True)
+class MaskedGroups:
+    """CPU plan of a packed batch: one boolean mask per group, True where a query may look."""
+
+    bounds: tuple[tuple[int, int], ...]
+    masks: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> MaskedGroups:
+        starts, ends = batch.cu_seqlens_q[:-1].tolist(), batch.cu_seqlens_q[1:].tolist()
+        bounds = tuple(itertools.pairwise(batch.group_bounds.tolist()))
+        cache: dict[tuple[int, ...], Tensor] = {}
+        masks, segment = [], 0
+        for low, high in bounds:
+            lengths = []
+            while segment < len(starts) and ends[segment] <= high:
+                lengths.append(ends[segment] - starts[segment])
+                segment += 1
+            key = tuple(lengths)
+            if key not in cache:
+                cache[key] = group_mask(lengths)
+            masks.append(cache[key])
+            assert sum(lengths) == high - low, f"group of {high - low} tokens has segments {lengths}"
+        return cls(bounds, tuple(masks))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
+        parts = [
+            F.scaled_dot_product_attention(
+                q[:, :, low:high], k[:, :, low:high], v[:, :, low:high], attn_mask=mask, scale=scale
+            )
+            for (low, high), mask in zip(self.bounds, self.masks, strict=True)
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def group_mask(lengths: list[int]) -> Tensor:
+    """(T, T) mask of `prompt | answer_1 | ..`: causal inside a segment, and every answer sees the whole prompt."""
+    total = sum(lengths)
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    same = segment[:, None] == segment[None, :]
+    causal = torch.ones(total, total, dtype=torch.bool).tril()
+    return causal & (same | (segment[None, :] == 0))
+
+
+@dataclass(frozen=True)
+class VarlenSegments:
+    """CUDA plan of a packed batch: one varlen call, keys and values gathered by index."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+    key_index: Tensor
+    max_q: int
+    max_k: int
+
+    @classmethod
+    def of(cls, batch: PackedBatch, device: torch.device) -> VarlenSegments:
+        def ints(x: Any, dtype: torch.dtype) -> Tensor:
+            return torch.from_numpy(x).to(dtype).to(device, non_blocking=True)
+
+        def longest(cu: Any) -> int:
+            step = _ROUND_MAX_LENGTH
+            return -(-int((cu[1:] - cu[:-1]).max()) // step) * step
+
+        return cls(
+            cu_q=ints(batch.cu_seqlens_q, torch.int32),
+            cu_k=ints(batch.cu_seqlens_k, torch.int32),
+            key_index=ints(batch.key_index, torch.int64),
+            max_q=longest(batch.cu_seqlens_q),
+            max_k=longest(batch.cu_seqlens_k),
+        )
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        k, v = (x[0].transpose(0, 1)[self.key_index] for x in (k, v))
+        q = q[0].transpose(0, 1).contiguous()
+        return _varlen(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, scale, causal=True)[None]
+
+
+def plan_for(batch: PackedBatch, device: torch.device) -> AttentionPlan:
+    """The training (and prefill) plan of a packed batch on a device."""
+    return MaskedGroups.of(batch) if device.type == "cpu" else VarlenSegments.of(batch, device)
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, *, causal: bool
+) -> Tensor:
+    """(T, H, d) segments through torch's varlen kernel; causal aligns to the bottom right."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    window = (-1, 0) if causal else (-1, -1)
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window)
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float) -> Tensor:
+    """Full attention inside each segment. q, k, v (1, H, T, d) -> (1, T, H, d).
+
+    On CPU the segments of one length are one batched call: a picture has few window sizes but many windows.
+    """
+    if q.device.type != "cpu":
+        flat = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+        return _varlen(*flat, cu_seqlens, cu_seqlens, max_length, max_length, scale, causal=False)[None]
+    lengths = cu_seqlens.diff()
+    out = torch.empty(q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype)
+    for length in lengths.unique().tolist():
+        starts = cu_seqlens[:-1][lengths == length].long()
+        index = starts[:, None] + torch.arange(length)
+        heads = (x[0][:, index].transpose(0, 1) for x in (q, k, v))  # (segments, H, length, d)
+        result = F.scaled_dot_product_attention(*heads, scale=scale)
+        out = out.index_put((index.reshape(-1),), result.transpose(1, 2).reshape(-1, q.shape[1], q.shape[3]))
+    return out[None]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    plan: AttentionPlan | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls. Exactly one of `plan` (text) and `cu_seq_lens_q` (vision) is set."""
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if plan is not None:
+        return plan.attend(module.layer_idx, query, key, value, scale), None
+    assert cu_seq_lens_q is not None, f"{type(module).__name__} was called without an attention plan"
+    assert max_length_q is not None or query.device.type == "cpu", "the vision plan must state its longest segment"
+    return segment_attention(query, key, value, cu_seq_lens_q, max_length_q or 0, scale), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, packed_attention)

@@ -1,0 +1,213 @@
+"""Qwen2.5-VL as a policy: packed ids, positions and images in; log-prob and entropy of the response tokens out.
+
+Everything happens inside this root module's forward, because FSDP2 gathers the root's parameters (among them the
+vocabulary matrix, which is also the embedding) only while the root runs.
+
+Touches transformers internals; run on transformers 5.17.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+
+from verl.models.attention import IMPLEMENTATION, AttentionPlan, plan_for
+from verl.models.log_probs import TokenStats, response_stats
+from verl.models.vision import Grid, vision_plan
+from verl.packing.layout import PackedBatch
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One micro-batch as tensors on the model's device. See `PackedBatch` for the shapes."""
+
+    token_ids: Tensor
+    positions: Tensor
+    plan: AttentionPlan
+    predict_index: Tensor
+    targets: Tensor
+    patches: Tensor
+    """(N, 3 * temporal * patch * patch); of a dummy 1x2x2 image when the batch has none."""
+    grids: tuple[Grid, ...]
+    image_index: Tensor
+    """Where the merged patches go in the flat sequence; empty when the images are a dummy."""
+
+
+def make_inputs(batch: PackedBatch, patches: Tensor | None, patch_dim: int, device: torch.device) -> ModelInputs:
+    """Tensors of a packed batch. `patches` are those of `batch.image_keys` in order, None when there are none.
+
+    A batch without an image runs the tower on a dummy image, so that no collective depends on the data.
+    """
+    grids: tuple[Grid, ...] = batch.image_grids
+    if patches is None:
+        assert not grids, f"{len(grids)} images but no patches"
+        patches, grids = torch.zeros(4, patch_dim), ((1, 2, 2),)
+
+    def ints(x: Any) -> Tensor:
+        return torch.from_numpy(x).to(device, non_blocking=True)
+
+    return ModelInputs(
+        token_ids=ints(batch.token_ids),
+        positions=ints(batch.positions),
+        plan=plan_for(batch, device),
+        predict_index=ints(batch.predict_index),
+        targets=ints(batch.targets),
+        patches=patches.to(device, non_blocking=True),
+        grids=grids,
+        image_index=ints(batch.image_index),
+    )
+
+
+class Policy(nn.Module):
+    """A Qwen2.5-VL model (`hf`) with the distribution that is sampled from: temperature and banned ids."""
+
+    def __init__(self, hf: Qwen2_5_VLForConditionalGeneration, banned_ids: Sequence[int]) -> None:
+        super().__init__()
+        text = hf.config.text_config
+        if text.use_sliding_window or text.attention_dropout:
+            raise ValueError(
+                f"use_sliding_window={text.use_sliding_window} and attention_dropout={text.attention_dropout} "
+                "are not supported: set both off in the model's config.json"
+            )
+        self.hf = hf
+        # Set after loading: at load time transformers would ask for the flash-attn package because of the name.
+        for config in (hf.config, hf.config.text_config, hf.config.vision_config):
+            config._attn_implementation = IMPLEMENTATION
+        patch_embed_as_matmul(hf.model.visual.patch_embed)
+        banned = torch.zeros(text.vocab_size, dtype=torch.bool)
+        banned[list(banned_ids)] = True
+        self.register_buffer("banned", banned, persistent=False)
+
+    @property
+    def config(self) -> Any:
+        return self.hf.config
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """(V, D) output matrix; the embedding itself when the head is tied."""
+        return self.hf.lm_head.weight
+
+    def embed(self, token_ids: Tensor, patches: Tensor, grids: Sequence[Grid], image_index: Tensor) -> Tensor:
+        """(T,) ids with images scattered in -> (T, D). The tower runs once per image."""
+        vision = self.config.vision_config
+        plan = vision_plan(
+            grids,
+            merge_size=vision.spatial_merge_size,
+            window_size=vision.window_size,
+            patch_size=vision.patch_size,
+            device=token_ids.device,
+        )
+        embeds = self.hf.model.language_model.embed_tokens(token_ids)
+        tower = self.hf.model.visual
+        thw = torch.tensor(grids, device=token_ids.device)
+        features = tower(patches.to(tower.dtype), grid_thw=thw, **plan).pooler_output.to(embeds.dtype)
+        if len(image_index) == 0:
+            return embeds + 0.0 * features.sum()
+        assert len(image_index) == len(features), f"{len(image_index)} placeholders, {len(features)} image features"
+        return embeds.index_copy(0, image_index, features)
+
+    def hidden(self, embeds: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
+        """(T, D) embeddings at (3, T) positions -> (T, D) last hidden states."""
+        return self.hf.model.language_model(
+            inputs_embeds=embeds[None],
+            position_ids=positions[:, None],
+            attention_mask={"full_attention": None},
+            use_cache=False,
+            plan=plan,
+        ).last_hidden_state[0]
+
+    def forward(self, inputs: ModelInputs, *, temperature: float, entropy_grad: bool = False) -> TokenStats:
+        """Log-prob and entropy (N,) of every response token in the batch."""
+        embeds = self.embed(inputs.token_ids, inputs.patches, inputs.grids, inputs.image_index)
+        hidden = self.hidden(embeds, inputs.positions, inputs.plan)
+        return response_stats(
+            hidden[inputs.predict_index],
+            self.vocabulary,
+            inputs.targets,
+            banned=self.banned,
+            temperature=temperature,
+            entropy_grad=entropy_grad,
+        )
+
+
+def patch_embed_as_matmul(patch_embed: nn.Module) -> None:
+    """The patch convolution's kernel covers its whole input, so it is one matrix product, and faster as one
+    (conv3d of bf16 inputs regressed in cuDNN, pytorch#166122)."""
+
+    def forward(patches: Tensor) -> Tensor:
+        weight = patch_embed.proj.weight
+        return F.linear(patches.reshape(-1, weight[0].numel()).to(weight.dtype), weight.reshape(weight.shape[0], -1))
+
+    patch_embed.forward = forward
+
+
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def banned_ids(path: Path, tokenizer: Any, vocabulary_size: int) -> list[int]:
+    """Ids never drawn: vision tokens, ids beyond the tokenizer, and the checkpoint's `suppress_tokens`."""
+    known = tokenizer.get_vocab()
+    ids = {known[token] for token in VISION_TOKENS if token in known}
+    ids |= set(range(max(known.values()) + 1, vocabulary_size))
+    stored = path / "generation_config.json"
+    if stored.is_file():
+        ids |= set(json.loads(stored.read_text()).get("suppress_tokens") or ())
+    return sorted(ids)
+
+
+def stop_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end an answer: the generation config's eos ids and the tokenizer's."""
+    ids = {tokenizer.eos_token_id}
+    stored = path / "generation_config.json"
+    if stored.is_file():
+        eos = GenerationConfig.from_pretrained(path).eos_token_id
+        ids |= set(eos if isinstance(eos, list) else [eos])
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def check_model_folder(path: str | Path) -> Path:
+    """The local folder of a model. Raises ValueError naming what is missing."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"actor_rollout_ref.model.path={path}: no config.json there. Give a folder with a Hugging Face model "
+            "(download it first, e.g. `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir DIR`)."
+        )
+    kind = AutoConfig.from_pretrained(folder).model_type
+    if kind != "qwen2_5_vl":
+        raise ValueError(f"{path}: model_type {kind!r} is not supported, only 'qwen2_5_vl'")
+    return folder
+
+
+def load_policy(
+    path: Path,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype,
+    checkpointing: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+) -> Policy:
+    """The policy of a Hugging Face folder, weights in `dtype` on the CPU, in eval mode (dropout is 0 anyway).
+
+    `overrides` replaces fields of the text model's config. Raises ValueError on a field that it does not have.
+    """
+    config = AutoConfig.from_pretrained(path)
+    for name, value in (overrides or {}).items():
+        if not hasattr(config.text_config, name):
+            raise ValueError(f"actor_rollout_ref.model.override_config.{name}: the model's config has no such field")
+        setattr(config.text_config, name, value)
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        path, config=config, dtype=dtype, attn_implementation="sdpa"
+    )
+    policy = Policy(hf, banned_ids(path, tokenizer, hf.config.text_config.vocab_size))
+    if checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy.eval()

@@ -1,0 +1,1 @@
+"""Ray: where workers run, how they are called, how their failures reach the driver."""

@@ -1,0 +1,71 @@
+"""The process side: every remote call goes through `WorkerShell.call`, so a failure keeps rank, phase and traceback."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import socket
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class WorkerFailure:
+    """Reported instead of a result. Sent as a value: Ray re-wraps exceptions and loses their type."""
+
+    group: str
+    rank: int
+    phase: str
+    error: str
+    trace: str
+    user_error: bool
+    """True for a ValueError: something the user can fix, shown without a traceback."""
+
+
+class WorkerShell:
+    """Holds one worker object in a Ray actor. `factory` runs inside the process, so heavy imports happen there."""
+
+    def __init__(self, group: str, rank: int, threads: int) -> None:
+        faulthandler.enable()
+        self.group, self.rank = group, rank
+        self.worker: Any = None
+        import torch
+
+        torch.set_num_threads(threads)
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a port that was free a moment ago, for the rendezvous of torch.distributed."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def build(self, factory: Any, *args: Any, **kwargs: Any) -> WorkerFailure | None:
+        """Make the worker. Returns the failure, if any."""
+
+        def make() -> None:
+            self.worker = factory(*args, **kwargs)
+
+        return self._guard("start", make)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the worker; its result, or a `WorkerFailure`."""
+        return self._guard(method, lambda: getattr(self.worker, method)(*args, **kwargs))
+
+    def _guard(self, phase: str, action: Any) -> Any:
+        try:
+            return action()
+        except Exception as error:
+            return WorkerFailure(
+                group=self.group,
+                rank=self.rank,
+                phase=phase,
+                error=f"{type(error).__name__}: {error}",
+                trace=traceback.format_exc(),
+                user_error=isinstance(error, ValueError),
+            )

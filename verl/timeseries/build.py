@@ -1,0 +1,264 @@
+"""The data step: an archive in, plots and parquet files out.
+
+    python3 -m verl.timeseries.build task=ctu source=ori_data/Computers modality=image
+
+Invariants
+- The same source, seed and versions give the same bytes in every file, on a first run and on a rerun.
+- The output folder is complete or untouched. `fit` and `val` are disjoint, stratified, and together are `train`.
+- No path below the output holds a label. Rows keep the archive's order, so `extra_info.index` is the archive's row.
+- Each plot is encoded once; the png file, the Arrow folder and the parquet files hold those bytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from verl.timeseries.describe import sft_answer
+from verl.timeseries.folder import replacing
+from verl.timeseries.plot import default_workers, draw_all
+from verl.timeseries.readers import SPLITS, Archive, Split
+from verl.timeseries.split import resplit, stratified_cut, take
+from verl.timeseries.style import override_style
+from verl.timeseries.task import TaskSpec
+from verl.timeseries.tasks import get_task
+
+TABLES = ("train", "test", "fit", "val", "sft_fit", "sft_val")
+OWN_ENTRIES = frozenset({"images", *SPLITS, "dataset_dict.json", "data_card.json", *(f"{t}.parquet" for t in TABLES)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Arguments of the program, `key=value`."""
+
+    task: str
+    source: str | None = None
+    """Folder or zip of the archive; null for data that an installed library brings."""
+    modality: str = "image"
+    output: str | None = None
+    """Null: `data/<task>_image`."""
+    seed: int = 1
+    """Of the cut into fit and val (and of `limit`)."""
+    workers: int | None = None
+    """Processes that draw; null: every core."""
+    limit: int | None = None
+    """Keep that many rows per split, stratified: for trials."""
+    resplit_seed: int | None = None
+    """Pool the archive's train and test and cut them anew at the same sizes; null: the archive's own split."""
+    cache: str | None = "auto"
+    """Folder of drawn plots, by content; auto: `.plot_cache` beside the output; null: none."""
+    overwrite: bool = False
+    """Replace an output folder even if it holds files that this program did not write."""
+    style: dict[str, Any] = field(default_factory=dict)
+    """Overrides of the task's plot style, e.g. `style.width=224`."""
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """Where the data is, how many rows each table has, and how long drawing took."""
+
+    output: Path
+    rows: Mapping[str, int]
+    milliseconds_per_plot: float
+    """Wall time over plots, all workers together; near zero when the cache held them."""
+
+
+def parse_args(args: Sequence[str]) -> BuildConfig:
+    """Read `key=value` arguments. Raises ValueError on an unknown key (with the nearest known one) or a wrong type."""
+    known = [f.name for f in fields(BuildConfig)]
+    for arg in args:
+        key, equals, _ = arg.partition("=")
+        if not equals:
+            raise ValueError(f"argument {arg!r} is not key=value; keys: {', '.join(known)}")
+        if key.split(".")[0] not in known or ("." in key and not key.startswith("style.")):
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown key {key!r}; {hint}known: {', '.join(known)}")
+    if not any(arg.startswith("task=") for arg in args):
+        raise ValueError("task=NAME is missing, e.g. task=ctu")
+    try:
+        values = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(BuildConfig), OmegaConf.from_dotlist(list(args)))
+        )
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{' '.join(args)}: {str(error).splitlines()[0]}") from error
+    assert isinstance(values, BuildConfig), f"expected BuildConfig, got {type(values)}"
+    return values
+
+
+def build(config: BuildConfig) -> BuildResult:
+    """Run the data step. Raises ValueError on a user mistake or bad input; then nothing is left behind."""
+    task, output, cache = _resolve(config)
+    source = None if config.source is None else Path(config.source).expanduser()
+    archive = task.reader.read(source, task)
+    if config.resplit_seed is not None:
+        archive = resplit(archive, config.resplit_seed)
+    kept = {name: _limited(getattr(archive, name), config, name) for name in SPLITS}
+    with replacing(output, own=OWN_ENTRIES, overwrite=config.overwrite) as folder:
+        started = time.perf_counter()
+        workers = config.workers or default_workers()
+        pngs = _draw(task, archive, kept, folder, workers=workers, cache=cache)
+        drawing = time.perf_counter() - started
+        rows = _write(task, archive, kept, pngs, folder, seed=config.seed)
+        _write_card(task, config, archive, kept, rows, folder)
+    counts = {name: len(indices) for name, indices in rows.items()}
+    plots = sum(len(indices) for indices in kept.values())
+    return BuildResult(output, counts, drawing / plots * 1e3)
+
+
+def _resolve(config: BuildConfig) -> tuple[TaskSpec, Path, Path | None]:
+    """Task with its style overrides, output folder, cache folder. Raises ValueError on values that cannot work."""
+    task = get_task(config.task)
+    if config.modality == "numeric":
+        raise ValueError("modality=numeric is not available yet; use modality=image")
+    if config.modality != "image":
+        raise ValueError(f"unknown modality={config.modality!r}; known: image")
+    for name in ("workers", "limit"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1, or null")
+    task = replace(task, plot=override_style(task.plot, config.style))
+    output = Path(config.output or f"data/{task.name}_image").expanduser()
+    if config.cache is None:
+        return task, output, None
+    return task, output, output.parent / ".plot_cache" if config.cache == "auto" else Path(config.cache).expanduser()
+
+
+def _limited(split: Split, config: BuildConfig, name: str) -> list[int]:
+    """Row numbers to keep."""
+    if config.limit is None or config.limit >= len(split):
+        return list(range(len(split)))
+    classes = len(set(split.labels))
+    if config.limit < 2 * classes:
+        raise ValueError(f"limit={config.limit} is below two rows for each of the {classes} classes of {name}")
+    return stratified_cut(split.labels, config.limit, config.seed)[0]
+
+
+def _draw(
+    task: TaskSpec,
+    archive: Archive,
+    kept: Mapping[str, Sequence[int]],
+    folder: Path,
+    *,
+    workers: int,
+    cache: Path | None,
+) -> dict[str, dict[int, bytes]]:
+    """Plots by split and row, each also as a file `images/<split>/<split>_sample_<row>.png`."""
+    series = [getattr(archive, split).series[row] for split in SPLITS for row in kept[split]]
+    names = [(split, row) for split in SPLITS for row in kept[split]]
+    pngs: dict[str, dict[int, bytes]] = {split: {} for split in SPLITS}
+    for split in SPLITS:
+        (folder / "images" / split).mkdir(parents=True)
+    for (split, row), png in zip(names, draw_all(series, task.plot, workers=workers, cache=cache), strict=True):
+        (folder / "images" / split / f"{split}_sample_{row:05d}.png").write_bytes(png)
+        pngs[split][row] = png
+    return pngs
+
+
+def _write(
+    task: TaskSpec,
+    archive: Archive,
+    kept: Mapping[str, Sequence[int]],
+    pngs: Mapping[str, Mapping[int, bytes]],
+    folder: Path,
+    *,
+    seed: int,
+) -> dict[str, list[int]]:
+    """Write every table; returns the archive rows of each, by table name."""
+    # pyarrow and datasets take a second to import, which the drawing processes do not need.
+    from verl.timeseries.tables import make_row, save_to_disk, to_table, write_parquet
+
+    made = {
+        split: [
+            make_row(task, split=split, index=row, label=getattr(archive, split).labels[row], png=pngs[split][row])
+            for row in kept[split]
+        ]
+        for split in SPLITS
+    }
+    train = take(archive.train, kept["train"])
+    size = round(task.val_fraction * len(train))
+    val, fit = stratified_cut(train.labels, size, seed)
+    tables = {**made, "fit": [made["train"][i] for i in fit], "val": [made["train"][i] for i in val]}
+    answers = [sft_answer(series, label, task) for series, label in zip(train.series, train.labels, strict=True)]
+    for name, rows in tables.items():
+        write_parquet(to_table(rows), folder / f"{name}.parquet")
+    for name, numbers in (("sft_fit", fit), ("sft_val", val)):
+        rows = [{**made["train"][i], "response": answers[i]} for i in numbers]
+        write_parquet(to_table(rows, response=True), folder / f"{name}.parquet")
+        tables[name] = rows
+    save_to_disk({split: to_table(made[split]) for split in SPLITS}, folder)
+    return {name: [row["extra_info"]["index"] for row in rows] for name, rows in tables.items()}
+
+
+def _write_card(
+    task: TaskSpec,
+    config: BuildConfig,
+    archive: Archive,
+    kept: Mapping[str, Sequence[int]],
+    rows: Mapping[str, Sequence[int]],
+    folder: Path,
+) -> None:
+    """`data_card.json`: what the folder holds and where it comes from; no clock, no absolute path."""
+    labels = {name: [getattr(archive, _split_of(name)).labels[row] for row in rows[name]] for name in TABLES}
+    counts = {name: Counter(of) for name, of in labels.items()}
+    digests = {split: [_digest(getattr(archive, split).series[row]) for row in kept[split]] for split in SPLITS}
+    known = task.download.sha256 if task.download else {}
+    card = {
+        "task": task.name,
+        "data_source": task.data_source,
+        "modality": config.modality,
+        "classes": list(task.classes),
+        "rows": {name: len(of) for name, of in labels.items()},
+        "rows_per_class": {name: {c: counts[name][c] for c in task.classes} for name in TABLES},
+        "majority_share": {name: round(max(counts[name].values()) / len(labels[name]), 4) for name in TABLES},
+        "channels": task.channels,
+        "points": sorted({s.shape[1] for split in SPLITS for s in getattr(archive, split).series}),
+        "canvas": [task.plot.width, task.plot.height],
+        "style": asdict(task.plot),
+        "seed": config.seed,
+        "resplit_seed": config.resplit_seed,
+        "limit": config.limit,
+        "series_in_train_and_test": len(set(digests["train"]) & set(digests["test"])),
+        "source_sha256": dict(archive.digests),
+        "source_as_published": {name: known[name] == sha for name, sha in archive.digests.items() if name in known},
+        "licence": task.licence,
+        "citation": task.citation,
+    }
+    (folder / "data_card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def _split_of(table: str) -> str:
+    return "test" if table == "test" else "train"
+
+
+def _digest(series: Any) -> bytes:
+    return hashlib.sha256(series.tobytes()).digest()
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    started = time.perf_counter()
+    try:
+        result = build(parse_args(sys.argv[1:] if args is None else args))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = ", ".join(f"{name} {count}" for name, count in result.rows.items())
+    print(f"wrote {result.output}: {rows}")
+    print(f"{result.milliseconds_per_plot:.1f} ms per plot, {time.perf_counter() - started:.1f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

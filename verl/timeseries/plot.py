@@ -1,0 +1,270 @@
+"""Series -> PNG, with matplotlib's Agg canvas and no pyplot.
+
+Invariants
+- A plot is a function of (series, style, matplotlib, Pillow, `RENDER_VERSION`): same bytes in any order, in any
+  process, from a new or a reused figure, whatever the user's matplotlibrc says.
+- Every plot of a style has exactly its width and height, in RGB.
+- The text uses the DejaVu Sans that matplotlib ships, not one that the system may have.
+- The cache is read by content key only; a damaged entry is drawn again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import tempfile
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import PIL
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from PIL import Image
+
+from verl.timeseries.readers import Series
+from verl.timeseries.style import Panel, PlotStyle
+
+RENDER_VERSION = 1
+"""Raise it when this file draws differently, so that cached plots are not reused."""
+
+_FONT = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+_LOCK = threading.Lock()
+_PER_TASK = 16
+_WORTH_PROCESSES = 128
+"""Below that many plots, starting processes takes longer than drawing."""
+_pinned = False
+
+
+def _default_settings() -> Any:
+    """matplotlib's own defaults, whatever the user's configuration says (some are read at draw time)."""
+    return {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
+
+
+def _pinned_settings() -> AbstractContextManager[None]:
+    return nullcontext() if _pinned else matplotlib.rc_context(_default_settings())
+
+
+def plot_key(series: Series, style: PlotStyle) -> str:
+    """sha256 over everything that decides the picture."""
+    about = {
+        "style": asdict(style),
+        "shape": series.shape,
+        "matplotlib": matplotlib.__version__,
+        "pillow": PIL.__version__,
+        "render": RENDER_VERSION,
+    }
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(series, dtype="<f8").tobytes())
+    return digest.hexdigest()
+
+
+class _Canvas:
+    """One figure for one style and channel count.
+
+    What all samples of a length share (frame, x axis, texts) is drawn once and kept as pixels; a sample adds its lines
+    and y axes. That is three times faster than a whole draw, and the tests hold the two equal.
+    """
+
+    def __init__(self, style: PlotStyle, channels: int) -> None:
+        self.style = style
+        self.panels = style.panels_for(channels)
+        self.figure = Figure(figsize=(style.width / style.dpi, style.height / style.dpi), dpi=style.dpi)
+        self.canvas = FigureCanvasAgg(self.figure)
+        self.lines: dict[int, Any] = {}
+        self.axes = [self._add_panel(number, panel) for number, panel in enumerate(self.panels)]
+        self.changing = [
+            artist
+            for axes, panel in zip(self.axes, self.panels, strict=True)
+            for artist in (
+                *(self.lines[c] for c in panel.channels),
+                axes.yaxis,
+                *axes.spines.values(),
+                axes.get_legend(),
+            )
+            if artist is not None
+        ]
+        self.background: Any = None
+        self.length = 0
+
+    def _add_panel(self, number: int, panel: Panel) -> Any:
+        style, count = self.style, len(self.panels)
+        height = (style.height - style.bottom - style.top - style.gap * (count - 1)) / count
+        bottom = style.bottom + (count - 1 - number) * (height + style.gap)
+        width = style.width - style.left - style.right
+        axes = self.figure.add_axes(
+            (style.left / style.width, bottom / style.height, width / style.width, height / style.height)
+        )
+        axes.margins(x=style.x_margin, y=style.y_margin)
+        for position, channel in enumerate(panel.channels):
+            named = style.legend and channel < len(style.channel_names)
+            (self.lines[channel],) = axes.plot(
+                [0.0, 1.0],
+                [0.0, 1.0],
+                linewidth=style.line_width,
+                color=style.colors[position % len(style.colors)],
+                label=style.channel_names[channel] if named else None,
+            )
+        if panel.limits is not None:
+            axes.set_ylim(*panel.limits)
+        self._add_text(axes, middle=bottom + height / 2, first=number == 0, last=number == count - 1)
+        return axes
+
+    def _add_text(self, axes: Any, *, middle: float, first: bool, last: bool) -> None:
+        style = self.style
+        if style.title and first:
+            axes.set_title(style.title, fontproperties=_font(style.title_size))
+        if style.x_label and last:
+            axes.set_xlabel(style.x_label, fontproperties=_font(style.label_size))
+        if style.y_label:
+            # At a fixed place: matplotlib's own would move with the width of the numbers.
+            self.figure.text(
+                2 / style.width,
+                middle / style.height,
+                style.y_label,
+                rotation="vertical",
+                horizontalalignment="left",
+                verticalalignment="center",
+                fontproperties=_font(style.label_size),
+            )
+        if style.legend and style.channel_names:
+            axes.legend(prop=_font(style.tick_size), loc="upper right")
+        if not style.ticks:
+            axes.set_xticks([])
+            axes.set_yticks([])
+            return
+        axes.tick_params(labelbottom=last)
+        for axis in (axes.xaxis, axes.yaxis):
+            # matplotlib copies the first tick's text settings to every tick that it adds later.
+            for tick in axis.get_major_ticks():
+                tick.label1.set_fontproperties(_font(style.tick_size))
+
+    def _set(self, series: Series) -> None:
+        time = np.arange(series.shape[1])
+        for channel, line in self.lines.items():
+            line.set_data(time, series[channel])
+        for axes, panel in zip(self.axes, self.panels, strict=True):
+            axes.relim()
+            axes.autoscale_view(scalex=True, scaley=panel.limits is None)
+
+    def _set_animated(self, animated: bool) -> None:
+        for artist in self.changing:
+            artist.set_animated(animated)
+
+    def _encode(self) -> bytes:
+        size = (self.style.width, self.style.height)
+        buffer = self.canvas.buffer_rgba()
+        assert buffer.shape[1::-1] == size, f"canvas is {buffer.shape[1::-1]}, style says {size}"
+        out = io.BytesIO()
+        Image.frombuffer("RGBA", size, buffer, "raw", "RGBA", 0, 1).convert("RGB").save(out, "PNG", compress_level=6)
+        return out.getvalue()
+
+    def draw(self, series: Series) -> bytes:
+        """PNG bytes of a series (channels, length)."""
+        self._set(series)
+        if self.length != series.shape[1]:
+            self._set_animated(True)
+            self.canvas.draw()
+            self._set_animated(False)
+            self.background, self.length = self.canvas.copy_from_bbox(self.figure.bbox), series.shape[1]
+        self.canvas.restore_region(self.background)
+        for artist in self.changing:
+            self.figure.draw_artist(artist)
+        return self._encode()
+
+    def draw_whole(self, series: Series) -> bytes:
+        """The same PNG through matplotlib's ordinary draw: the judge of `draw`."""
+        self._set(series)
+        self.canvas.draw()
+        return self._encode()
+
+
+def _font(size: float) -> FontProperties:
+    return FontProperties(fname=_FONT, size=size)
+
+
+def _pin_process() -> None:
+    """For a process that only draws: pin matplotlib's settings once instead of around every plot."""
+    global _pinned
+    matplotlib.rcParams.update(_default_settings())
+    _pinned = True
+
+
+@functools.lru_cache(maxsize=8)
+def _canvas(style: PlotStyle, channels: int) -> _Canvas:
+    return _Canvas(style, channels)
+
+
+def draw(series: Series, style: PlotStyle) -> bytes:
+    """PNG bytes (RGB, `style.width` x `style.height`, no metadata) of a finite series (channels, length).
+
+    Raises ValueError when the series is not finite or has other channels than the style's panels.
+    """
+    if series.ndim != 2 or not series.size or not np.isfinite(series).all():
+        raise ValueError(f"a plot needs finite values of shape (channels, length), got shape {series.shape}")
+    with _LOCK, _pinned_settings():
+        return _canvas(style, series.shape[0]).draw(series)
+
+
+def _is_whole(png: bytes, style: PlotStyle) -> bool:
+    """True for a complete PNG of the style's size; every chunk's checksum is looked at."""
+    try:
+        with Image.open(io.BytesIO(png)) as image:
+            image.verify()
+            return image.size == (style.width, style.height) and image.mode == "RGB" and b"IEND" in png[-12:]
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
+def draw_cached(series: Series, style: PlotStyle, cache: Path | None) -> bytes:
+    """`draw`, looked up in and added to the folder `cache` (None: no cache)."""
+    if cache is None:
+        return draw(series, style)
+    key = plot_key(series, style)
+    path = cache / key[:2] / f"{key}.png"
+    if path.is_file():
+        png = path.read_bytes()
+        if _is_whole(png, style):
+            return png
+    png = draw(series, style)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed into place: a reader in another process sees a whole file or none.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(png)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return png
+
+
+def default_workers() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def draw_all(
+    series: Sequence[Series], style: PlotStyle, *, workers: int = 1, cache: Path | None = None
+) -> Iterable[bytes]:
+    """PNG bytes of every series, in order, drawn by `workers` processes (1: in this one)."""
+    task = functools.partial(draw_cached, style=style, cache=cache)
+    if workers == 1 or len(series) < _WORTH_PROCESSES:
+        yield from map(task, series)
+        return
+    # Spawned, not forked: pyarrow and torch may already run threads in the parent.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_pin_process) as pool:
+        yield from pool.map(task, series, chunksize=_PER_TASK)

@@ -1,0 +1,115 @@
+"""What a task declares, and the texts made from it.
+
+Invariants
+- A class has one name and one label in the archive; neither repeats (names are compared without case).
+- The prompt holds exactly one `<image>`, at its start, and names every class.
+- A `TaskSpec` is a value: reading files is left to its `reader`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl.timeseries.readers import Reader
+from verl.timeseries.style import PlotStyle
+
+IMAGE = "<image>"
+
+
+class DescriptionStyle(enum.Enum):
+    """How long the reasoning text of a supervised example is."""
+
+    FULL = "full"
+    """Six short sentences."""
+    SHORT = "short"
+    """About 12 to 20 words: what a model of a few million parameters can learn to write."""
+
+
+@dataclass(frozen=True)
+class ClassSpec:
+    """One class: the name the model answers with, the label in the archive's files, one line that describes it."""
+
+    name: str
+    file_label: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Download:
+    """Where the archive comes from, and the SHA-256 of files inside it that are known."""
+
+    url: str
+    sha256: Mapping[str, str] = field(hash=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """One task. Example: `verl/timeseries/tasks/ctu.py`.
+
+    Raises ValueError when the declaration contradicts itself.
+    """
+
+    name: str
+    data_source: str
+    class_specs: tuple[ClassSpec, ...]
+    """In id order."""
+    question: str
+    answer_format: str
+    reader: Reader
+    plot: PlotStyle
+    channels: int
+    length: int | None
+    """Points per series; None where rows differ in length."""
+    rows: tuple[int, int]
+    """Rows of (train, test) in the whole archive: what tells a cut-off file from a complete one."""
+    time_step: float | None = None
+    """Seconds between two points, if time is the x axis."""
+    description: DescriptionStyle = DescriptionStyle.FULL
+    val_fraction: float = 0.2
+    download: Download | None = None
+    licence: str = ""
+    citation: str = ""
+
+    def __post_init__(self) -> None:
+        names = [spec.name.casefold() for spec in self.class_specs]
+        labels = [spec.file_label for spec in self.class_specs]
+        if len(names) < 2 or len(set(names)) < len(names) or len(set(labels)) < len(labels):
+            raise ValueError(
+                f"task {self.name}: needs two or more classes with different names and labels, got {names}"
+            )
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"task {self.name}: val_fraction must lie in (0, 1), got {self.val_fraction}")
+        if IMAGE in self.question + self.answer_format + "".join(spec.hint for spec in self.class_specs):
+            raise ValueError(f"task {self.name}: {IMAGE} belongs to the start of the prompt only")
+        self.plot.panels_for(self.channels)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in id order."""
+        return tuple(spec.name for spec in self.class_specs)
+
+    def class_of(self, file_label: str, *, where: str) -> str:
+        """The class name of a label as it stands in a file. Raises ValueError naming `where` when it is undeclared."""
+        for spec in self.class_specs:
+            if spec.file_label == file_label:
+                return spec.name
+        known = ", ".join(f"{spec.file_label} ({spec.name})" for spec in self.class_specs)
+        raise ValueError(f"{where}: label {file_label!r} is not declared by task {self.name}; declared: {known}")
+
+    @property
+    def full_question(self) -> str:
+        """The question with one line per class that has a hint."""
+        hints = [f"- {spec.name}: {spec.hint}" for spec in self.class_specs if spec.hint]
+        return "\n".join([self.question, *hints])
+
+    @property
+    def prompt_text(self) -> str:
+        """The user turn: the image, the question, the answer format."""
+        return f"{IMAGE}\n{self.full_question}\n{self.answer_format}"
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The `prompt` column: one user turn, no system prompt."""
+        return [{"role": "user", "content": self.prompt_text}]

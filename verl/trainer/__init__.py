@@ -1,0 +1,1 @@
+"""Programs: `main_ppo` (RL and evaluation) and `sft_trainer`."""

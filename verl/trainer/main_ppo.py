@@ -1,0 +1,42 @@
+"""`python3 -m verl.trainer.main_ppo key=value ...`: GRPO training, or one validation with `trainer.val_only=True`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+
+from verl.config import load
+
+
+def main(overrides: list[str] | None = None) -> int:
+    """Exit code 0, 2 for a mistake in the config or data, 1 for anything else."""
+    arguments = sys.argv[1:] if overrides is None else overrides
+    if any(a in ("-h", "--help") for a in arguments):
+        print(__doc__ + "\nEvery key with its default: verl/trainer/config/ppo_trainer.yaml")
+        return 0
+    level = os.environ.get("VERL_PPO_LOGGING_LEVEL", "WARN")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        config = load("ppo_trainer", arguments)
+        # Imported late: a mistake in the config is answered in a second, before torch and ray are loaded.
+        from verl.trainer.ray_trainer import Trainer
+
+        trainer = Trainer(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        trainer.fit()
+    except ValueError as error:
+        traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        trainer.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

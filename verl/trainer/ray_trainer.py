@@ -1,0 +1,356 @@
+"""The RL loop. One driver; every heavy thing happens in workers.
+
+Reading order: `fit`, `_step`, then the callees in `verl/trainer/ppo/`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from verl.algorithms.advantage import advantage_metrics, get_estimator
+from verl.algorithms.kl import AdaptiveKL, kl_sums
+from verl.config import PPOConfig, batch_plan, render_table, resolved_table, to_dict, to_yaml, uses_reference
+from verl.config.derived import max_context
+from verl.config.plan import is_due
+from verl.protocol import Group, Prompt, Response, TrainGroup
+from verl.trainer.ppo import batch as step_batch
+from verl.trainer.ppo.cluster import Workers, start_workers
+from verl.trainer.ppo.data import RunData, load_run_data
+from verl.trainer.ppo.metrics import actor_metrics, length_metrics, score_metrics, throughput_metrics
+from verl.trainer.ppo.scoring import Scorer, build_reward_manager
+from verl.trainer.ppo.validation import ValidationResult, validate
+from verl.utils.checkpoint.manager import Checkpoint, CheckpointManager
+from verl.utils.dataset.sampler import Sampler
+from verl.utils.timing import Phases
+from verl.utils.tracking import Tracker
+from verl.workers.reward_manager import reward_metrics
+from verl.workers.rollout.base import Sampling
+
+log = logging.getLogger(__name__)
+
+ACCURACY = "val/accuracy"
+"""Mean accuracy over data sources: what `keep_best` looks at by default."""
+_SAMPLED_GROUPS = 4  # groups written to the run folder each step
+
+
+class Trainer:
+    """GRPO from a config. `fit` trains (or only validates, with `trainer.val_only`)."""
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.config = config
+        self.run_dir = Path(config.trainer.default_local_dir)
+        self.data: RunData = load_run_data(config)
+        self.scorer = Scorer(build_reward_manager(config), self.data.tokenizer)
+        for dataset in (self.data.train, self.data.validation, self.data.test):
+            self.scorer.manager.check_prompts(dataset or ())
+        self.checkpoints = CheckpointManager(
+            self.run_dir,
+            keep=config.trainer.max_actor_ckpt_to_keep,
+            keep_best=(config.trainer.best_metric or ACCURACY) if config.trainer.keep_best else None,
+        )
+        self.estimate = get_estimator(config.algorithm.adv_estimator)
+        self.kl_control = AdaptiveKL.of(config.algorithm.kl_ctrl)
+        self.weights_from = config.actor_rollout_ref.model.path
+        self.step = 0
+        self.workers: Workers
+        self.tracker: Tracker
+
+    def fit(self) -> dict[str, float]:
+        """Run to the end; returns the last metrics (validation or test)."""
+        if self.config.trainer.val_only:
+            return self._evaluate_only()
+        self._start()
+        if self.config.trainer.val_before_train and self.step == 0:
+            self._validate()
+        while self.step < self.plan.total_steps:
+            self.step += 1
+            metrics = self._step()
+            if is_due(self.config.trainer.test_freq, self.step, self.plan.total_steps):
+                metrics |= self._validate()
+            self._save_if_due(metrics)
+            self.tracker.log(self.step, metrics)
+        return self._report_test()
+
+    def _step(self) -> dict[str, float]:
+        phase = Phases()
+        with phase("step"):
+            prompts = self._next_prompts()
+            with phase("gen"):
+                responses = self.workers.rollouts.generate(prompts, self.sampling, step=self.step)
+            with phase("reward"):
+                groups = self._score(prompts, responses)
+            minis = self._cut(len(groups))
+            with phase("old_log_prob"):
+                old = self._old_log_probs(groups, minis)
+            with phase("ref"):
+                ref = self._ref_log_probs(groups)
+            with phase("adv"):
+                rewarded = self._penalise(groups, old, ref)
+                advantages = [self.estimate(g.scores, norm_by_std=self.norm_by_std) for g in rewarded]
+                batches = self._train_batches(rewarded, advantages, minis, old, ref)
+            with phase("update_actor"):
+                updates = self.workers.actors.update(batches) if self._updates_now() else []
+            with phase("update_weights"):
+                self._sync()
+        self._write_samples(groups)
+        return self._metrics(phase, groups, rewarded, advantages, updates)
+
+    # --- start and end -------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        config = self.config
+        assert self.data.train is not None
+        self.plan = batch_plan(config, len(self.data.train))
+        print(render_table(resolved_table(config, len(self.data.train), len(self.data.validation))), flush=True)
+        self.sampler = Sampler(len(self.data.train), seed=config.data.seed, shuffle=config.data.shuffle)
+        self.sampling = self._sampling(validation=False)
+        self.norm_by_std = config.algorithm.norm_adv_by_std_in_grpo
+        checkpoint = self.checkpoints.find(config.trainer.resume_mode, config.trainer.resume_from_path)
+        if checkpoint is not None:
+            self._check_same_run(checkpoint)
+        self._open_run(checkpoint.step if checkpoint else 0)
+        self.workers = start_workers(config, self.data.stores, self.plan.optimizer_steps)
+        print(f"actor: {self.workers.actors.describe()}; rollout: {config.actor_rollout_ref.rollout.name} on "
+              f"{self.workers.device}; weights from {self.weights_from}", flush=True)  # fmt: skip
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        self._sync()
+
+    def _open_run(self, resume_step: int) -> None:
+        config = self.config.trainer
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
+        self.tracker = Tracker(
+            config.logger,
+            self.run_dir,
+            project=config.project_name,
+            experiment=config.experiment_name,
+            config=to_dict(self.config),
+            total_steps=None if config.val_only else self.plan.total_steps,
+            resume_step=resume_step,
+        )
+
+    def _evaluate_only(self) -> dict[str, float]:
+        """Score the validation files with MODEL_PATH's weights, or those of an explicitly named checkpoint."""
+        mode = self.config.trainer.resume_mode
+        checkpoint = None if mode == "auto" else self.checkpoints.find(mode, self.config.trainer.resume_from_path)
+        self._open_run(0)
+        self.workers = start_workers(self.config, self.data.stores, 1, actors=checkpoint is not None)
+        if checkpoint is not None:
+            self.workers.actors.load(checkpoint)
+            self.weights_from = str(checkpoint.path)
+            self._sync()
+        metrics = self._validate()
+        self.tracker.log(self.step, metrics)
+        return metrics
+
+    def _report_test(self) -> dict[str, float]:
+        """Score the test rows once, with the best checkpoint where one is kept; else the last validation counts."""
+        if self.data.test is None:
+            return {}
+        best = self.checkpoints.best() if self.config.trainer.keep_best else None
+        if best is not None and best.step != self.step:
+            self.workers.actors.load(best)
+            self._sync()
+        source = f"global_step_{self.step if best is None else best.step}"
+        result = self._run_validation(self.data.test.prompts, "test", source)
+        metrics = {name.replace("val", "test", 1): value for name, value in result.metrics.items()}
+        metrics["test/accuracy"] = result.accuracy
+        self.tracker.log(self.step, metrics)
+        return metrics
+
+    def close(self) -> None:
+        """End trackers and workers."""
+        for part in ("tracker", "workers"):
+            if hasattr(self, part):
+                getattr(self, part).close()
+
+    # --- the verbs of a step -------------------------------------------------------------------------------------
+
+    def _sampling(self, *, validation: bool) -> Sampling:
+        rollout, data = self.config.actor_rollout_ref.rollout, self.config.data
+        how = rollout.val_kwargs if validation else rollout
+        return Sampling(
+            n=how.n,
+            temperature=how.temperature,
+            top_k=how.top_k,
+            top_p=how.top_p,
+            do_sample=how.do_sample,
+            max_tokens=data.max_response_length,
+            max_context=max_context(self.config),
+            ignore_eos=rollout.ignore_eos,
+            seed=rollout.seed,
+        )
+
+    def _next_prompts(self) -> list[Prompt]:
+        assert self.data.train is not None
+        return [self.data.train[int(i)] for i in self.sampler.next_batch(self.config.data.train_batch_size)]
+
+    def _rng(self, purpose: int) -> np.random.Generator:
+        """Noise of the driver: a function of (run seed, step, purpose), so a resumed run draws the same."""
+        return np.random.default_rng([self.config.trainer.seed, self.step, purpose])
+
+    def _score(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]]) -> list[Group]:
+        groups = self.scorer.score(prompts, responses)
+        return step_batch.permute_scores(groups, self._rng(0)) if self.config.reward.shuffle else groups
+
+    def _cut(self, count: int) -> list[step_batch.MiniBatchPlan]:
+        actor = self.config.actor_rollout_ref.actor
+        return step_batch.cut_mini_batches(
+            count, size=actor.ppo_mini_batch_size, epochs=actor.ppo_epochs, shuffle=actor.shuffle, rng=self._rng(1)
+        )
+
+    def _scored(self, groups: Sequence[Group], members: Sequence[int]) -> list[TrainGroup]:
+        """Answers that will be trained on, without advantages yet: which are kept depends only on which are ok."""
+        kept = [self.estimate(g.scores) for g in groups]
+        return step_batch.train_groups(
+            groups, kept, members, old={}, ref={}, loss_agg_mode="token-sum", loss_scale_factor=None
+        )
+
+    def _old_log_probs(
+        self, groups: Sequence[Group], minis: Sequence[step_batch.MiniBatchPlan]
+    ) -> step_batch.LogProbTable:
+        """Log-probs before this step's updates, of the answers whose update is not the first one."""
+        needed = {g for mini in minis if not mini.first for g in mini.members}
+        if self.config.algorithm.use_kl_in_reward:
+            needed = set(range(len(groups)))
+        return self.workers.actors.log_probs(self._scored(groups, sorted(needed)), reference=False)
+
+    def _ref_log_probs(self, groups: Sequence[Group]) -> step_batch.LogProbTable:
+        if not uses_reference(self.config):
+            return {}
+        return self.workers.actors.log_probs(self._scored(groups, range(len(groups))), reference=True)
+
+    def _penalise(self, groups: list[Group], old: step_batch.LogProbTable, ref: step_batch.LogProbTable) -> list[Group]:
+        if not self.config.algorithm.use_kl_in_reward:
+            return groups
+        sums = kl_sums(old, ref, self.config.algorithm.kl_penalty)
+        coefficient = self.kl_control.observe(sums, old)
+        return step_batch.penalise(groups, sums, coefficient)
+
+    def _train_batches(
+        self,
+        groups: Sequence[Group],
+        advantages: Sequence[Any],
+        minis: Sequence[step_batch.MiniBatchPlan],
+        old: step_batch.LogProbTable,
+        ref: step_batch.LogProbTable,
+    ) -> list[list[TrainGroup]]:
+        actor = self.config.actor_rollout_ref.actor
+        batches = [
+            step_batch.train_groups(
+                groups,
+                advantages,
+                mini.members,
+                old={} if mini.first else old,
+                ref=ref if actor.use_kl_loss else {},
+                loss_agg_mode=actor.loss_agg_mode,
+                loss_scale_factor=actor.loss_scale_factor or float(self.config.data.max_response_length),
+            )
+            for mini in minis
+        ]
+        return [b for b in batches if b]
+
+    def _updates_now(self) -> bool:
+        return self.step >= self.config.trainer.critic_warmup
+
+    def _sync(self) -> None:
+        self.workers.rollouts.load(self.workers.actors.publish())
+
+    # --- validation, checkpoints, records ------------------------------------------------------------------------
+
+    def _run_validation(self, prompts: Sequence[Prompt], name: str, source: str) -> ValidationResult:
+        sampling = self._sampling(validation=True)
+        result = validate(
+            prompts,
+            lambda part: self.workers.rollouts.generate(part, sampling, step=0),
+            self.scorer,
+            self.config.data.val_batch_size,
+        )
+        result.write(self.run_dir / "reports" / f"{name}.json", step=self.step, weights=source)
+        self._dump(self.config.trainer.validation_data_dir, f"{name}.jsonl", result.groups)
+        shown = result.groups[: self.config.trainer.log_val_generations]
+        self.tracker.log_samples(self.step, self.scorer.tracker_samples(shown))
+        return result
+
+    def _validate(self) -> dict[str, float]:
+        phase = Phases()
+        with phase("testing"):
+            source = self.weights_from if self.step == 0 else f"global_step_{self.step}"
+            result = self._run_validation(self.data.validation.prompts, f"val_step_{self.step}", source)
+        metrics = result.metrics | {ACCURACY: result.accuracy} | phase.metrics()
+        if self.step == 0 and not self.config.trainer.val_only:
+            self.tracker.log(0, metrics)
+        return metrics
+
+    def _save_if_due(self, metrics: dict[str, float]) -> None:
+        """By `save_freq`, and whenever validation finds a new best."""
+        name = self.checkpoints.keep_best
+        better = name in metrics and self.checkpoints.would_be_best(metrics[name])
+        if not better and not is_due(self.config.trainer.save_freq, self.step, self.plan.total_steps):
+            return
+        phase = Phases()
+        with phase("save_checkpoint"):
+            state: dict[str, Any] = {"identity": self._identity(), "sampler": self.sampler.state()}
+            state["kl_coef"] = self.kl_control.value
+            with self.checkpoints.saving(self.step, state, metrics) as checkpoint:
+                state["engine"] = self.workers.actors.save(checkpoint)
+        metrics |= phase.metrics()
+
+    def _identity(self) -> dict[str, str]:
+        """What must agree between a checkpoint and the run that resumes it."""
+        assert self.data.train is not None
+        path = str(Path(self.config.actor_rollout_ref.model.path).resolve())
+        return {"actor_rollout_ref.model.path": path, "data.train_files (digest)": self.data.train.digest}
+
+    def _check_same_run(self, checkpoint: Checkpoint) -> None:
+        stored = checkpoint.read_data()["identity"]
+        for name, mine in self._identity().items():
+            if stored[name] != mine:
+                raise ValueError(
+                    f"{checkpoint.path} was made with {name}={stored[name]}, this run has {mine}: set "
+                    "trainer.resume_mode=disable, or give trainer.experiment_name another value"
+                )
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.read_data()
+        self.workers.actors.load(checkpoint, state["engine"])
+        self.sampler.load_state(state["sampler"])
+        self.kl_control.value = state["kl_coef"]
+        self.step = checkpoint.step
+        self.weights_from = str(checkpoint.path)
+        print(f"resumed {checkpoint.path}", flush=True)
+
+    def _write_samples(self, groups: Sequence[Group]) -> None:
+        self.scorer.write_samples(self.run_dir / "samples" / f"step_{self.step:06d}.jsonl", groups[:_SAMPLED_GROUPS])
+        self._dump(self.config.trainer.rollout_data_dir, f"step_{self.step:06d}.jsonl", groups)
+
+    def _dump(self, folder: str | None, name: str, groups: Sequence[Group]) -> None:
+        if folder is not None:
+            self.scorer.write_samples(Path(folder) / name, groups)
+
+    def _metrics(
+        self,
+        phase: Phases,
+        groups: Sequence[Group],
+        rewarded: Sequence[Group],
+        advantages: Sequence[Any],
+        updates: Sequence[dict[str, float]],
+    ) -> dict[str, float]:
+        data, actor = self.config.data, self.config.actor_rollout_ref.actor
+        scores = [g.scores for g in groups]
+        sources = [g.prompt.data_source for g in groups for _ in g.scores]
+        metrics = {"training/global_step": float(self.step), "training/epoch": float(self.sampler.epoch)}
+        metrics |= score_metrics(groups, rewarded, advantages)
+        metrics |= advantage_metrics(scores, advantages)
+        metrics |= reward_metrics(sources, [s for group in scores for s in group])
+        metrics |= length_metrics(groups, max_prompt=data.max_prompt_length, max_response=data.max_response_length)
+        metrics |= actor_metrics(updates, actor.kl_loss_coef)
+        metrics |= self.kl_control.metrics() if self.config.algorithm.use_kl_in_reward else {}
+        metrics |= throughput_metrics(groups, phase.seconds, self.workers.ranks)
+        return metrics | self.workers.memory() | phase.metrics()

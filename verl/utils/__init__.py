@@ -1,0 +1,1 @@
+"""Data sets, rewards, checkpoints, tracking and reports."""

@@ -1,0 +1,1 @@
+"""Parquet rows to prompts; images to pixels, decoded once."""

@@ -1,0 +1,55 @@
+"""Patches of stored images, made where they are used and kept for a while: an epoch sees each image many times."""
+
+from __future__ import annotations
+
+from collections import ChainMap, OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from verl.protocol import ImageRecord
+from verl.utils.dataset.image_store import ImageStore
+from verl.utils.dataset.images import ImageSpec, to_patches
+
+
+class PatchSource(Protocol):
+    """Image keys -> patches (N, `dim`) fp32 of all images in order; None when there are no keys."""
+
+    dim: int
+
+    def __call__(self, keys: Sequence[str]) -> Tensor | None: ...
+
+
+class StoredPatches:
+    """Patches from image stores, the most recently used ones cached up to `cache_bytes`."""
+
+    def __init__(self, store: Mapping[str, ImageRecord], spec: ImageSpec, cache_bytes: int = 256 << 20) -> None:
+        self.store = store
+        self.spec = spec
+        self.dim = spec.patch_dim
+        self.cache_bytes = cache_bytes
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._held = 0
+
+    def __call__(self, keys: Sequence[str]) -> Tensor | None:
+        return torch.cat([self._one(key) for key in keys]) if keys else None
+
+    def _one(self, key: str) -> Tensor:
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        patches = to_patches(self.store[key].pixels[None], self.spec)
+        self._cache[key] = patches
+        self._held += patches.nbytes
+        while self._held > self.cache_bytes and len(self._cache) > 1:
+            _, old = self._cache.popitem(last=False)
+            self._held -= old.nbytes
+        return patches
+
+
+def open_patches(stores: Sequence[Path], spec: ImageSpec) -> StoredPatches:
+    """Patches of the images in all `stores` (train, validation, test)."""
+    return StoredPatches(ChainMap(*(ImageStore.open(path) for path in stores)), spec)  # type: ignore[arg-type]

@@ -1,0 +1,74 @@
+"""Rewards by data source.
+
+A source is scored by its own module here (`ctu.py`) or, when it has none, by the classes of its task in
+`verl.timeseries.tasks`. Anything else needs `custom_reward_function.path`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from verl.utils.reward_score.labels import LabelScorer, ScoreTuple
+from verl.utils.reward_score.tags import AnswerFormat
+
+_MODULES = {"computer_dataset": "ctu"}
+_PUBLISHED = ("computer_dataset", "emg_dataset", "ecg_dataset", "har_dataset", "rcw_dataset", "lightning_dataset")
+
+
+def get_scorer(data_source: str, format: str | AnswerFormat = AnswerFormat.LOOSE) -> LabelScorer:
+    """The scorer of a data source: `scorer(predict_str, ground_truth) -> (reward, format, predicted id, true id)`.
+
+    Raises ValueError for an unknown format and for a data source that nothing scores.
+    """
+    try:
+        rule = AnswerFormat(format)
+    except ValueError:
+        legal = ", ".join(rule.value for rule in AnswerFormat)
+        raise ValueError(f"unknown answer format {format!r}: use one of {legal}") from None
+    scorer = _find(data_source, rule)
+    if scorer is None:
+        raise ValueError(_not_registered(data_source))
+    return scorer
+
+
+def known_classes(data_source: str) -> tuple[str, ...] | None:
+    """Labels of a data source in id order, or None when no task declares it."""
+    scorer = _find(data_source, AnswerFormat.LOOSE)
+    return None if scorer is None else scorer.classes
+
+
+def _default_compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any] | None = None
+) -> ScoreTuple:
+    """The original's dispatcher: (reward, valid, predicted id, true id).
+
+    Raises ValueError as `get_scorer` does, and for a ground truth that is not a label of the task.
+    """
+    return get_scorer(data_source)(solution_str, ground_truth)
+
+
+@functools.cache
+def _find(data_source: str, rule: AnswerFormat) -> LabelScorer | None:
+    if data_source in _MODULES:
+        module = importlib.import_module(f"{__name__}.{_MODULES[data_source]}")
+        return dataclasses.replace(module.SCORER, answer_format=rule)
+    # Late, so that scoring a registered source loads none of the readers.
+    from verl.timeseries.tasks import find_by_data_source
+
+    task = find_by_data_source(data_source)
+    if task is None:
+        return None
+    return LabelScorer(data_source, task.classes, rule, extension="<extension>" in task.answer_format)
+
+
+def _not_registered(data_source: str) -> str:
+    known = " (a published TimeMaster source that this version does not score yet)" if data_source in _PUBLISHED else ""
+    return (
+        f"data_source {data_source!r} is not registered{known}: set custom_reward_function.path to a python file with "
+        "compute_score(data_source, solution_str, ground_truth, extra_info), or declare a task with its classes in "
+        "verl/timeseries/tasks"
+    )

@@ -1,0 +1,252 @@
+"""One adapter: any reward function, any return value -> `verl.protocol.Score`.
+
+Call shapes: keywords `data_source, solution_str, ground_truth, extra_info` (those that the function names) plus its
+`reward_kwargs`, sync or async; or the fork's `compute_score(predict_str, ground_truth)`.
+
+Invariants
+- The signature is read once, at start; a function that cannot be called is refused there, naming its parameters.
+- None, NaN, infinity, an exception or a time-out is a failed score, never a number.
+- A failed score's reason starts with its `FailureKind`.
+- One call's failure touches no other call; its traceback is logged once per place and type.
+- The caller's `extra_info` cannot be changed by the function.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import enum
+import inspect
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from verl.protocol import Score
+from verl.utils.reward_score.returns import FailureKind, failed, is_fork_tuple, to_score
+
+logger = logging.getLogger(__name__)
+
+_STANDARD = ("data_source", "solution_str", "ground_truth", "extra_info")
+_TEXT = ("solution_str", "predict_str")
+_PLURAL = {"solution_strs", "data_sources", "ground_truths"}
+
+
+class CallMode(enum.Enum):
+    """How a function runs."""
+
+    SYNC = "sync"
+    """A plain function: called where the caller is, or in a thread when it has a time limit."""
+    ASYNC = "async"
+    """A coroutine function: many calls wait at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallPlan:
+    """What the one look at a signature found: the standard arguments to pass by keyword, and the mode."""
+
+    arguments: tuple[str, ...]
+    mode: CallMode
+
+
+def inspect_function(function: Callable[..., Any], reward_kwargs: Mapping[str, Any], name: str) -> CallPlan:
+    """Decide how to call a reward function.
+
+    Raises ValueError, naming the parameters found, when there is none for the answer's text, when one is required that
+    nobody fills, or when a key of `reward_kwargs` is not accepted or is a standard argument.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"reward function {name}: its signature cannot be read ({error}); wrap it in a def") from error
+    found = f"found ({', '.join(map(str, parameters.values()))})"
+    plural = sorted(_PLURAL & set(parameters))
+    if plural:
+        raise ValueError(f"reward function {name} scores a whole batch ({plural}): write it for one answer; {found}")
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    passed = _standard_arguments(named, takes_any)
+    if not set(passed) & set(_TEXT):
+        raise ValueError(f"reward function {name} has no parameter solution_str (or predict_str); {found}")
+    taken = sorted(set(reward_kwargs) & {*_STANDARD, *_TEXT})
+    if taken:
+        raise ValueError(f"reward_kwargs of {name} hold {taken}, which the trainer fills itself: rename them")
+    surplus = sorted(set(reward_kwargs) - named)
+    if surplus and not takes_any:
+        raise ValueError(f"reward_kwargs {surplus} are no parameters of reward function {name}; {found}")
+    missing = _unfilled(parameters.values(), {*passed, *reward_kwargs})
+    if missing:
+        raise ValueError(
+            f"reward function {name} requires {missing}, which nobody fills by keyword: "
+            f"use {', '.join(_STANDARD)}, or pass them in reward_kwargs; {found}"
+        )
+    return CallPlan(passed, CallMode.ASYNC if _is_async(function) else CallMode.SYNC)
+
+
+def _standard_arguments(named: set[str], takes_any: bool) -> tuple[str, ...]:
+    """Of the standard arguments those that the function names; with `**kwargs` all of them."""
+    if not takes_any:
+        return tuple(a for a in (*_STANDARD, "predict_str") if a in named)
+    text = "predict_str" if "predict_str" in named else "solution_str"
+    return tuple(a for a in (*_STANDARD, "predict_str") if a in named or a not in _TEXT or a == text)
+
+
+def _unfilled(parameters: Iterable[inspect.Parameter], filled: set[str]) -> list[str]:
+    required = (p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+    return [p.name for p in required if p.kind is p.POSITIONAL_ONLY or p.name not in filled]
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+class RewardFunction:
+    """A reward function behind one face.
+
+    `timeout_s` limits one call: a coroutine is cancelled, a plain function is left to its (daemon) thread.
+    Raises ValueError as `inspect_function` does.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        reward_kwargs: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        if timeout_s is not None and timeout_s <= 0:
+            raise ValueError(f"the time limit of a reward call is {timeout_s} s: give a positive number or null")
+        self.name = name or str(getattr(function, "__qualname__", repr(function)))
+        self.timeout_s = timeout_s
+        self._function = function
+        self._kwargs = dict(reward_kwargs or {})
+        self._plan = inspect_function(function, self._kwargs, self.name)
+        self._logged: set[object] = set()
+
+    @property
+    def needs_loop(self) -> bool:
+        """Calls must go through `score_async`: the function is a coroutine, or has a time limit."""
+        return self._plan.mode is CallMode.ASYNC or self.timeout_s is not None
+
+    def score(
+        self,
+        *,
+        data_source: str,
+        solution_str: str,
+        ground_truth: str,
+        extra_info: Mapping[str, Any] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> Score:
+        """Call here and now.
+
+        `solution_str` is decoded without special tokens; `classes` (in id order) turn predicted ids into labels.
+        """
+        assert not self.needs_loop, (
+            f"{self.name} is {self._plan.mode.value} with limit {self.timeout_s}: use score_async"
+        )
+        try:
+            value = self._function(**self._arguments(data_source, solution_str, ground_truth, extra_info))
+        except (Exception, SystemExit) as error:
+            return self._exception(error)
+        return self._to_score(value, ground_truth, classes)
+
+    async def score_async(
+        self,
+        *,
+        data_source: str,
+        solution_str: str,
+        ground_truth: str,
+        extra_info: Mapping[str, Any] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> Score:
+        """As `score`, within the time limit, without blocking the event loop."""
+        try:
+            async with asyncio.timeout(self.timeout_s) as limit:
+                arguments = self._arguments(data_source, solution_str, ground_truth, extra_info)
+                if self._plan.mode is CallMode.ASYNC:
+                    value = await self._function(**arguments)
+                else:
+                    value = await _in_daemon_thread(lambda: self._function(**arguments))
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return self._exception(error)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, TimeoutError) and limit.expired():
+                return failed(FailureKind.TIMEOUT, f"{self.name} took more than {self.timeout_s:g} s")
+            return self._exception(error)
+        return self._to_score(value, ground_truth, classes)
+
+    def _arguments(
+        self, data_source: str, text: str, ground_truth: str, extra_info: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        known: dict[str, Any] = {
+            "data_source": data_source,
+            "ground_truth": ground_truth,
+            "solution_str": text,
+            "predict_str": text,
+        }
+        if "extra_info" in self._plan.arguments:
+            known["extra_info"] = copy.deepcopy(dict(extra_info or {}))
+        return {a: known[a] for a in self._plan.arguments} | self._kwargs
+
+    def _to_score(self, value: Any, ground_truth: str, classes: Sequence[str] | None) -> Score:
+        if inspect.iscoroutine(value):
+            value.close()
+            return failed(FailureKind.BAD_RETURN, f"{self.name} returned a coroutine: declare it with async def")
+        if isinstance(value, tuple | list) and value and not is_fork_tuple(value):
+            self._warn_once(
+                (type(value), len(value)),
+                f"reward function {self.name} returned a {type(value).__name__} of {len(value)}: "
+                "the first entry is the reward, the rest is ignored (return a dict to log more)",
+            )
+        return to_score(value, ground_truth=ground_truth, classes=classes)
+
+    def _exception(self, error: BaseException) -> Score:
+        frames = traceback.extract_tb(error.__traceback__)
+        place = (frames[-1].filename, frames[-1].lineno) if frames else ("", 0)
+        text = "".join(traceback.format_exception(error))
+        self._warn_once(
+            (type(error), *place), f"reward function {self.name} failed (logged once for this place):\n{text}"
+        )
+        return failed(FailureKind.EXCEPTION, f"{type(error).__name__}: {error}")
+
+    def _warn_once(self, key: object, message: str) -> None:
+        if key not in self._logged:
+            self._logged.add(key)
+            logger.warning(message)
+
+
+async def _in_daemon_thread(call: Callable[[], Any]) -> Any:
+    """Run a plain call in a thread of its own: a hung thread of an executor would keep the program from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        if not future.done():
+            if error is None:
+                future.set_result(value)
+            else:
+                future.set_exception(error)
+
+    def work() -> None:
+        value, caught = None, None
+        try:
+            value = call()
+        except BaseException as error:
+            # A future refuses StopIteration, and a SystemExit would end the event loop.
+            caught = error if isinstance(error, Exception) and not isinstance(error, StopIteration) else _wrapped(error)
+        loop.call_soon_threadsafe(settle, value, caught)
+
+    threading.Thread(target=work, name="reward-call", daemon=True).start()
+    return await future
+
+
+def _wrapped(error: BaseException) -> RuntimeError:
+    wrapped = RuntimeError(f"{type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped.with_traceback(error.__traceback__)

@@ -1,0 +1,1 @@
+"""Processes that hold state: actor, rollout engines, weight sync, reward scoring."""

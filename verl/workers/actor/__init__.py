@@ -1,0 +1,1 @@
+"""The FSDP2 actor and its frozen reference: log-probs, updates, weights out."""

@@ -1,0 +1,164 @@
+"""FSDP2 training of a policy over packed micro-batches, the same for SFT and RL.
+
+Invariants
+- The gradient does not depend on how a mini-batch is cut into micro-batches or spread over ranks: weights hold global
+  denominators, and because FSDP2 averages gradients over ranks, the loss is multiplied by the world size.
+- Every rank runs the same number of forwards and backwards; an empty micro-batch is a filler of weight 0.
+- A step with a non-finite gradient changes nothing and is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from verl.models.policy import ModelInputs, Policy, make_inputs
+from verl.packing.columns import columns
+from verl.packing.layout import pack
+from verl.protocol import LogProbs, Prompt, TrainGroup, TrainSample
+from verl.utils.dataset.patches import PatchSource
+from verl.workers.actor.objective import Objective, merge_metrics
+from verl.workers.actor.optim import OptimSpec, build_optimizer, lr_factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSpec:
+    """How a model is sharded and in which precision it computes."""
+
+    param_dtype: torch.dtype
+    reduce_dtype: torch.dtype
+    offload: bool
+    reshard_after_forward: bool = True
+
+
+def shard(policy: Policy, mesh: DeviceMesh, spec: ShardSpec) -> Policy:
+    """Apply FSDP2 to every transformer block and to the root, in place."""
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=spec.param_dtype, reduce_dtype=spec.reduce_dtype),
+        "offload_policy": CPUOffloadPolicy() if spec.offload else OffloadPolicy(),
+        "reshard_after_forward": spec.reshard_after_forward,
+    }
+    for block in (*policy.hf.model.visual.blocks, *policy.hf.model.language_model.layers):
+        fully_shard(block, **options)
+    fully_shard(policy, **options)
+    return policy
+
+
+def filler_group(token_id: int) -> TrainGroup:
+    """An empty micro-batch: one prompt and one answer of weight 0, so that every rank makes the same calls."""
+    ids = np.array([token_id], dtype=np.int32)
+    prompt = Prompt("filler", -1, "", ids, (), (), "")
+    return TrainGroup(prompt, (TrainSample(-1, ids, np.zeros(1, np.float32)),))
+
+
+class PackedRunner:
+    """Runs a policy over micro-batches of groups: packing, pixels, device transfer."""
+
+    def __init__(self, policy: Policy, patches: PatchSource, device: torch.device, temperature: float) -> None:
+        self.policy = policy
+        self.patches = patches
+        self.device = device
+        self.temperature = temperature
+        config = policy.config
+        self._image_token, self._merge = config.image_token_id, config.vision_config.spatial_merge_size
+        self._filler = [filler_group(config.text_config.eos_token_id)]
+
+    def inputs(self, groups: Sequence[TrainGroup]) -> ModelInputs:
+        batch = pack(groups, image_token_id=self._image_token, merge_size=self._merge)
+        return make_inputs(batch, self.patches(batch.image_keys), self.patches.dim, self.device)
+
+    def filled(self, groups: Sequence[TrainGroup]) -> Sequence[TrainGroup]:
+        return groups or self._filler
+
+    @torch.no_grad()
+    def log_probs(self, micro_batches: Sequence[Sequence[TrainGroup]]) -> dict[int, LogProbs]:
+        """Log-probs (R,) of every sample, by sample index."""
+        found: dict[int, LogProbs] = {}
+        for groups in map(self.filled, micro_batches):
+            stats = self.policy(self.inputs(groups), temperature=self.temperature)
+            samples = [s for g in groups for s in g.samples]
+            bounds = np.cumsum([len(s.token_ids) for s in samples])[:-1]
+            parts = np.split(stats.log_probs.float().cpu().numpy(), bounds)
+            found |= {s.index: part for s, part in zip(samples, parts, strict=True) if s.index >= 0}
+        return found
+
+
+class TrainEngine:
+    """A sharded policy with its optimizer. See the module's invariants."""
+
+    def __init__(self, runner: PackedRunner, spec: OptimSpec) -> None:
+        self.runner = runner
+        self.policy = runner.policy
+        self.spec = spec
+        self.optimizer = build_optimizer(self.policy, spec)
+        self.steps = 0
+        """Optimizer steps so far, skipped ones included; the schedule's clock."""
+        self.skipped = 0
+
+    def step(
+        self, micro_batches: Sequence[Sequence[TrainGroup]], objective: Objective, tokens: int
+    ) -> dict[str, float]:
+        """One optimizer step over this rank's micro-batches of a mini-batch with `tokens` response tokens in all.
+
+        Returns this rank's metric sums (add them over ranks) and `grad_norm`, `lr`, `skipped` (equal on all ranks).
+        """
+        world = dist.get_world_size()
+        pending: list[dict[str, Tensor]] = []
+        for number, groups in enumerate(micro_batches):
+            self._sync_gradients(number == len(micro_batches) - 1)
+            filled = self.runner.filled(groups)
+            stats = self.policy(
+                self.runner.inputs(filled),
+                temperature=self.runner.temperature,
+                entropy_grad=objective.needs_entropy_grad,
+            )
+            loss, metrics = objective(stats, columns(filled), 1.0 / tokens)
+            (loss * world).backward()
+            if groups:
+                pending.append(metrics)
+        sums = [{name: float(value) for name, value in metrics.items()} for metrics in pending]
+        return merge_metrics([dict.fromkeys(objective.metric_names, 0.0), *sums]) | self._apply()
+
+    def clock(self) -> dict[str, int]:
+        """What a checkpoint must remember beside tensors."""
+        return {"steps": self.steps, "skipped": self.skipped}
+
+    def set_clock(self, clock: dict[str, int]) -> None:
+        self.steps, self.skipped = clock["steps"], clock["skipped"]
+
+    def _sync_gradients(self, last: bool) -> None:
+        """Reduce gradients once a mini-batch, in the backward of its last micro-batch."""
+        if isinstance(self.policy, FSDPModule):
+            self.policy.set_requires_gradient_sync(last)
+
+    def _apply(self) -> dict[str, float]:
+        lr = self.spec.lr * lr_factor(self.steps, self.spec)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        limit = self.spec.clip_grad if self.spec.clip_grad > 0 else float("inf")
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        finite = np.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return {"grad_norm": norm, "lr": lr, "skipped": 0.0 if finite else 1.0}
+
+
+def full_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face names and full tensors, one gather at a time, a tied head once. Every rank must iterate."""
+    for name, parameter in policy.hf.named_parameters():
+        value = parameter.detach()
+        yield name, value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,0 +1,1 @@
+"""Engines that turn prompts into answers. One interface (`base.py`); `hf` runs everywhere."""

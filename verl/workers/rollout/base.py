@@ -1,0 +1,54 @@
+"""What every rollout engine takes and gives: prompts with images in; token ids, sampler log-probs, stop reason out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from verl.protocol import Prompt, Response
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to draw answers. `top_k` <= 0 and `top_p` >= 1 mean no filter; `do_sample=False` is greedy."""
+
+    n: int
+    temperature: float
+    top_k: int
+    top_p: float
+    do_sample: bool
+    max_tokens: int
+    """Longest answer in tokens; an answer also ends where prompt + answer reach `max_context`."""
+    max_context: int
+    ignore_eos: bool
+    seed: int
+
+    @property
+    def greedy(self) -> bool:
+        return not self.do_sample or self.temperature == 0.0
+
+
+class RolloutEngine(Protocol):
+    """Generates answers and takes new weights."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int) -> list[list[Response]]:
+        """`sampling.n` answers for each prompt, in order. The same (seed, step, uid, answer index) gives the same
+        noise, whatever else is in the batch."""
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace weights by their Hugging Face names. Raises KeyError on a name the model does not have."""
+        ...
+
+
+def sampling_noise(seed: int, step: int, uid: str, answer: int, count: int) -> NDArray[np.float64]:
+    """`count` uniforms in [0, 1): the noise of tokens 0..count-1 of one answer, a function of its arguments alone."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{uid}/{answer}".encode(), digest_size=16).digest()
+    key = np.frombuffer(digest, dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random(count)

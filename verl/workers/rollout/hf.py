@@ -1,0 +1,184 @@
+"""Rollout engine in plain torch: packed prefill, shared-prefix KV cache, exact sampler log-probs. The CPU default.
+
+Invariants
+- The sampled distribution is the policy's: logits / temperature, banned ids at minus infinity (then top-k, top-p).
+- A token is a function of (seed, step, uid, answer index, token index) and the weights, whatever the batch.
+- Greedy answers ignore the seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verl.models.attention import plan_for
+from verl.models.decode import DecodePlan, PrefillPlan
+from verl.models.log_probs import policy_logits
+from verl.models.policy import Policy, make_inputs
+from verl.packing.layout import PackedBatch, pack
+from verl.protocol import Prompt, Response, StopReason, TrainGroup
+from verl.utils.dataset.patches import PatchSource
+from verl.workers.rollout.base import Sampling, sampling_noise
+
+
+class HFEngine:
+    """See the module docstring. `batch_size` bounds the sequences decoded together."""
+
+    def __init__(self, policy: Policy, patches: PatchSource, *, stop_ids: Sequence[int], batch_size: int) -> None:
+        self.policy = policy
+        self.patches = patches
+        self.stop_ids = torch.tensor(list(stop_ids))
+        self.batch_size = batch_size
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        own = dict(self.policy.hf.named_parameters())
+        for name, value in weights:
+            own[name].data.copy_(value)
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int) -> list[list[Response]]:
+        together = max(1, self.batch_size // sampling.n)
+        answers: list[list[Response]] = []
+        for start in range(0, len(prompts), together):
+            answers += self._generate_chunk(prompts[start : start + together], sampling, step)
+        return answers
+
+    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[PackedBatch, PrefillPlan, Tensor]:
+        """The prompts' cache and the last hidden state of each, (G, D)."""
+        config = self.policy.config
+        batch = pack(
+            [TrainGroup(p, ()) for p in prompts],
+            image_token_id=config.image_token_id,
+            merge_size=config.vision_config.spatial_merge_size,
+        )
+        device = self.policy.banned.device
+        plan = PrefillPlan(plan_for(batch, device), batch)
+        inputs = make_inputs(batch, self.patches(batch.image_keys), self.patches.dim, device)
+        embeds = self.policy.embed(inputs.token_ids, inputs.patches, inputs.grids, inputs.image_index)
+        hidden = self.policy.hidden(embeds, inputs.positions, plan)
+        ends = torch.from_numpy(batch.group_bounds[1:] - 1).to(device)
+        return batch, plan, hidden[ends]
+
+    def _generate_chunk(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[list[Response]]:
+        batch, prefill, last = self._prefill(prompts)
+        n, device = sampling.n, last.device
+        ends = batch.group_bounds[1:] - 1
+        lengths = np.diff(batch.group_bounds)
+        limit = np.minimum(sampling.max_tokens, sampling.max_context - lengths)  # (G,)
+        if limit.min() < 1:
+            worst = prompts[int(limit.argmin())]
+            raise ValueError(f"{worst.uid}: a prompt of {len(worst.token_ids)} tokens leaves no room to answer")
+        position = torch.from_numpy(np.repeat(_next_positions(batch, ends), n)).to(device)
+        state = _Answers(prompts, sampling, step, np.repeat(limit, n), self.stop_ids.to(device))
+        cache = DecodePlan(prefill, n)
+        hidden = last.repeat_interleave(n, dim=0)
+        while True:
+            tokens = state.draw(self._logits(hidden, sampling))
+            alive = state.alive_groups()
+            if len(alive) == 0:
+                return state.responses()
+            if len(alive) <= len(cache.prompt_mask) // 2:
+                cache.keep(alive)
+                answers = (alive[:, None] * n + torch.arange(n, device=device)).flatten()
+                state.keep(answers)
+                tokens, position = tokens[answers], position[answers]
+            cache.advance()
+            embeds = self.policy.hf.model.language_model.embed_tokens(tokens)
+            hidden = self.policy.hidden(embeds, position[None].expand(3, -1), cache)
+            position = position + 1
+
+    def _logits(self, hidden: Tensor, sampling: Sampling) -> Tensor:
+        temperature = 1.0 if sampling.greedy else sampling.temperature
+        logits = policy_logits(hidden, self.policy.vocabulary, self.policy.banned, temperature)
+        return logits if sampling.greedy else filter_logits(logits, sampling.top_k, sampling.top_p)
+
+
+def _next_positions(batch: PackedBatch, ends: np.ndarray) -> np.ndarray:
+    """(G,) the M-RoPE position of each group's first answer token."""
+    starts = batch.group_bounds[:-1]
+    return np.array([batch.positions[:, s : e + 1].max() + 1 for s, e in zip(starts, ends, strict=True)])
+
+
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """(B, V) logits with everything outside top-k, then outside the smallest set of mass top-p, at minus infinity."""
+    if 0 < top_k < logits.shape[-1]:
+        floor = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, float("-inf"))
+    if top_p < 1.0:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, before >= top_p)
+        logits = logits.masked_fill(drop, float("-inf"))
+    return logits
+
+
+class _Answers:
+    """The growing answers of one chunk: what was drawn, what has ended."""
+
+    def __init__(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, limit: np.ndarray, stop_ids: Tensor
+    ) -> None:
+        self.n, self.greedy = sampling.n, sampling.greedy
+        self.stop_ids = stop_ids if not sampling.ignore_eos else stop_ids[:0]
+        self.groups = len(prompts)
+        device = stop_ids.device
+        total = len(prompts) * self.n
+        self.rows = torch.arange(total, device=device)  # rows of the chunk that are still decoded
+        self.limit = torch.from_numpy(limit).to(device)
+        self.done = torch.zeros(total, dtype=torch.bool, device=device)
+        self.tokens: list[tuple[Tensor, Tensor, Tensor]] = []  # per step: rows that were alive, their ids and log-probs
+        self.stopped = torch.zeros(total, dtype=torch.bool, device=device)
+        if not self.greedy:
+            noise = [
+                sampling_noise(sampling.seed, step, prompt.uid, answer, int(limit.max()))
+                for prompt in prompts
+                for answer in range(self.n)
+            ]
+            self.noise = torch.from_numpy(np.stack(noise)).to(device)
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """One token for every row, (B,); rows that have ended draw too, unrecorded."""
+        log_probs = logits.log_softmax(-1)
+        step = len(self.tokens)
+        if self.greedy:
+            tokens = log_probs.argmax(-1)
+        else:
+            tokens = inverse_cdf(log_probs, self.noise[self.rows, step])
+        alive = ~self.done[self.rows]
+        rows = self.rows[alive]
+        chosen = log_probs.gather(-1, tokens[:, None])[:, 0]
+        self.tokens.append((rows, tokens[alive], chosen[alive]))
+        stop = torch.isin(tokens[alive], self.stop_ids)
+        self.stopped[rows] = stop
+        self.done[rows] = stop | (step + 1 >= self.limit[rows])
+        return tokens
+
+    def alive_groups(self) -> Tensor:
+        """Indices, among the groups still decoded, of those with an answer that has not ended."""
+        return (~self.done[self.rows].view(-1, self.n).all(-1)).nonzero()[:, 0]
+
+    def keep(self, answers: Tensor) -> None:
+        self.rows = self.rows[answers]
+
+    def responses(self) -> list[list[Response]]:
+        total = self.groups * self.n
+        rows = torch.cat([r for r, _, _ in self.tokens]).cpu().numpy()
+        ids = torch.cat([t for _, t, _ in self.tokens]).cpu().numpy().astype(np.int32)
+        log_probs = torch.cat([p for _, _, p in self.tokens]).float().cpu().numpy()
+        order = np.argsort(rows, kind="stable")  # steps stay in order inside a row
+        bounds = np.cumsum(np.bincount(rows, minlength=total))[:-1]
+        stopped = self.stopped.cpu().numpy()
+        flat = [
+            Response(t, p, StopReason.EOS if s else StopReason.LENGTH)
+            for t, p, s in zip(np.split(ids[order], bounds), np.split(log_probs[order], bounds), stopped, strict=True)
+        ]
+        return [flat[i : i + self.n] for i in range(0, total, self.n)]
+
+
+def inverse_cdf(log_probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The id whose slice of the cumulative distribution (B, V) holds the uniform (B,), never one of mass 0."""
+    cdf = log_probs.double().exp().cumsum(-1)
+    return (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)

@@ -1,0 +1,51 @@
+"""The rollout process: one engine, fed with the actor's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from verl.config import PPOConfig
+from verl.models.policy import check_model_folder, load_policy, stop_ids
+from verl.protocol import Prompt, Response
+from verl.utils.dataset.images import ImageSpec
+from verl.utils.dataset.patches import open_patches
+from verl.workers.rollout.base import RolloutEngine, Sampling
+from verl.workers.rollout.hf import HFEngine
+from verl.workers.runtime import compute_dtype, import_external, memory_metrics, resolve_device
+from verl.workers.weight_sync.shared_memory import StoredBucket, read
+
+
+def build_engine(config: PPOConfig, stores: Sequence[Path]) -> RolloutEngine:
+    """The engine that `actor_rollout_ref.rollout.name` asks for."""
+    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
+    if rollout.name != "hf":
+        raise ValueError(f"actor_rollout_ref.rollout.name={rollout.name} is not implemented yet: use hf")
+    device = resolve_device(config.trainer.device)
+    import_external(model.external_lib)
+    folder = check_model_folder(model.path)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    policy = load_policy(
+        folder, tokenizer, dtype=compute_dtype(rollout.dtype, device), overrides=model.override_config
+    ).to(device)
+    patches = open_patches(stores, ImageSpec.from_pretrained(folder))
+    return HFEngine(policy, patches, stop_ids=stop_ids(folder, tokenizer), batch_size=rollout.hf_batch_size)
+
+
+class RolloutWorker:
+    """One engine replica. Its weights are those of the last `load`."""
+
+    def __init__(self, config: PPOConfig, stores: Sequence[Path]) -> None:
+        self.device = resolve_device(config.trainer.device)
+        self.engine = build_engine(config, stores)
+
+    def load(self, buckets: Sequence[StoredBucket]) -> None:
+        self.engine.load_weights(read(buckets))
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[list[Response]]:
+        return self.engine.generate(prompts, sampling, step=step)
+
+    def memory(self) -> dict[str, float]:
+        return memory_metrics(self.device)

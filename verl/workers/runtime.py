@@ -1,0 +1,77 @@
+"""What every worker process needs first: device, precision, process group, model folder."""
+
+from __future__ import annotations
+
+import importlib
+import resource
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def resolve_device(name: str) -> str:
+    """`auto` is cuda where there is one. Raises ValueError when cuda is asked for and absent."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError("trainer.device=cuda but this machine has no CUDA device: use trainer.device=cpu or auto")
+    return ("cuda" if available else "cpu") if name == "auto" else name
+
+
+def compute_dtype(name: str, device: str) -> torch.dtype:
+    """The named precision; on CPU always fp32, where half precision is slower and its kernels are incomplete."""
+    return torch.float32 if device == "cpu" else _DTYPES[name]
+
+
+def start_process_group(rank: int, world: int, address: tuple[str, int], device: str) -> None:
+    """Join the group of `world` ranks that meets at rank 0's address."""
+    host, port = address
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(0)  # Ray shows each worker its own GPU only
+    dist.init_process_group(
+        backend, init_method=f"tcp://{host}:{port}", rank=rank, world_size=world, timeout=timedelta(minutes=30)
+    )
+
+
+def build_mesh(device: str, fsdp_size: int) -> DeviceMesh:
+    """One shard group over all ranks, or replicas of shard groups of `fsdp_size` ranks (HSDP)."""
+    world = dist.get_world_size()
+    if fsdp_size in (-1, world):
+        return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (world // fsdp_size, fsdp_size), mesh_dim_names=("replicate", "shard"))
+
+
+def import_external(name: str | None) -> None:
+    """Import the module of `model.external_lib`, which may register things, before the model is built."""
+    if name is not None:
+        importlib.import_module(name)
+
+
+def memory_metrics(device: str) -> dict[str, float]:
+    """Peak memory of this process in GiB: resident on the host, allocated and reserved on its GPU."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
+    metrics = {"perf/cpu_memory_used_gb": peak}
+    if device == "cuda":
+        metrics["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        metrics["perf/max_memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 2**30
+    return metrics
+
+
+def parameter_table(named: Sequence[tuple[str, Any]]) -> str:
+    """One line on how many parameters are trained and how many are frozen."""
+    trained = sum(p.numel() for _, p in named if p.requires_grad)
+    frozen = sum(p.numel() for _, p in named if not p.requires_grad)
+    return f"{trained:,} parameters trained, {frozen:,} frozen"

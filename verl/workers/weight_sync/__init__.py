@@ -1,0 +1,1 @@
+"""Moves the actor's weights to the rollout engines. `shared_memory` serves CPU workers on one node."""
