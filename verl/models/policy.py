@@ -195,7 +195,7 @@ def load_policy(
     checkpointing: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> Policy:
-    """The policy of a Hugging Face folder, weights in `dtype` on the CPU, in eval mode (dropout is 0 anyway).
+    """The policy of a Hugging Face folder, weights in `dtype` on the CPU. Its mode does not matter: dropout is 0.
 
     `overrides` replaces fields of the text model's config. Raises ValueError on a field that it does not have.
     """
@@ -210,4 +210,4 @@ def load_policy(
     policy = Policy(hf, banned_ids(path, tokenizer, hf.config.text_config.vocab_size))
     if checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return policy.eval()
+    return policy.eval()  # transformers checkpoints only in train mode

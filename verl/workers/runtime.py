@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import resource
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -44,6 +46,27 @@ def start_process_group(rank: int, world: int, address: tuple[str, int], device:
     dist.init_process_group(
         backend, init_method=f"tcp://{host}:{port}", rank=rank, world_size=world, timeout=timedelta(minutes=30)
     )
+
+
+def start_process_group_from_env(device: str) -> tuple[int, int]:
+    """Join torchrun's group, or be the only rank when not under torchrun. Returns (rank, world size)."""
+    if "RANK" in os.environ:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        start_process_group(0, 1, ("127.0.0.1", port), device)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """The value of every rank, in rank order. For small things between ranks that trust each other."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def build_mesh(device: str, fsdp_size: int) -> DeviceMesh:

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_fixtures import ODD, SMALL, WIDE, WINDOW, Maker, assert_gradients_close, gradients, image_patches
+from model_fixtures import (
+    ODD,
+    SMALL,
+    WIDE,
+    WINDOW,
+    Maker,
+    assert_gradients_close,
+    gradients,
+    image_patches,
+    open_policy,
+)
 from padded_reference import PaddedReference
 
 from verl.models.log_probs import TokenStats
@@ -69,16 +79,20 @@ def test_log_probs_entropies_and_every_gradient_equal_the_padded_forward(
     assert_gradients_close(found, expected, 1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing(
+def test_gradient_checkpointing_runs_every_block_twice_and_changes_nothing(
     tiny_folder: Path, policy: Policy, make: Maker, patches: StoredPatches
 ) -> None:
-    from model_fixtures import open_policy
-
-    checkpointed = open_policy(tiny_folder, checkpointing=True).train()
     batch = packed(policy, BATCHES["text beside images"](make))
-    for model in (policy, checkpointed):
+    calls = {}
+    for name, model in {"plain": policy, "checkpointed": open_policy(tiny_folder, checkpointing=True)}.items():
+        counts = calls[name] = [0]
+        blocks = [*model.hf.model.visual.blocks, *model.hf.model.language_model.layers]
+        for block in blocks:
+            block.mlp.register_forward_pre_hook(lambda *_, counts=counts: counts.__setitem__(0, counts[0] + 1))
         run_packed(model, batch, patches).log_probs.sum().backward()
-    assert_gradients_close(gradients(checkpointed), gradients(policy), 1e-6)
+        calls[name] = counts[0] / len(blocks), gradients(model)
+    assert (calls["plain"][0], calls["checkpointed"][0]) == (1, 2)
+    assert_gradients_close(calls["checkpointed"][1], calls["plain"][1], 1e-6)
 
 
 @pytest.mark.parametrize("broken", ["positions", "sibling", "prompt"])

@@ -90,8 +90,12 @@ def _skeleton(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The same architecture without memory, of the class that FSDP2 replaced by its own."""
     plain = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     assert issubclass(plain, PreTrainedModel), f"{type(model).__name__} is not a transformers model"
+    config = copy.deepcopy(model.config)
+    # The running model's attention is ours by name; a new one is checked against the names of installed packages.
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        part._attn_implementation = "eager"
     with torch.device("meta"):
-        skeleton = plain(copy.deepcopy(model.config))
+        skeleton = plain(config)
     torch.nn.Module.to(skeleton, dtype)
     return skeleton
 

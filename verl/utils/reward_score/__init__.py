@@ -9,13 +9,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from verl.protocol import Score
 from verl.utils.reward_score.labels import LabelScorer, ScoreTuple
 from verl.utils.reward_score.tags import AnswerFormat
 
+JudgedFunction = Callable[..., Awaitable[Score]]
+"""`function(predict_str, ground_truth, *, judge, answer_format) -> Score`, to be awaited."""
+
 _MODULES = {"computer_dataset": "ctu"}
+_JUDGED_MODULES = {"emg_dataset": "emg_soft"}
 _PUBLISHED = ("computer_dataset", "emg_dataset", "ecg_dataset", "har_dataset", "rcw_dataset", "lightning_dataset")
 
 
@@ -33,6 +38,14 @@ def get_scorer(data_source: str, format: str | AnswerFormat = AnswerFormat.LOOSE
     if scorer is None:
         raise ValueError(_not_registered(data_source))
     return scorer
+
+
+def get_judged_scorer(data_source: str) -> JudgedFunction | None:
+    """The reward of a data source that has a part for an LLM judge; None where the rule alone scores."""
+    if data_source not in _JUDGED_MODULES:
+        return None
+    function: JudgedFunction = importlib.import_module(f"{__name__}.{_JUDGED_MODULES[data_source]}").compute_score
+    return function
 
 
 def known_classes(data_source: str) -> tuple[str, ...] | None:

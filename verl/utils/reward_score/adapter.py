@@ -7,7 +7,8 @@ Invariants
 - The signature is read once, at start; a function that cannot be called is refused there, naming its parameters.
 - None, NaN, infinity, an exception or a time-out is a failed score, never a number.
 - A failed score's reason starts with its `FailureKind`.
-- One call's failure touches no other call; its traceback is logged once per place and type.
+- One call's failure touches no other call; its traceback is logged once per place and type. A `ScoringError` has
+  no traceback to show: its kind and message are the reason.
 - The caller's `extra_info` cannot be changed by the function.
 """
 
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.protocol import Score
-from verl.utils.reward_score.returns import FailureKind, failed, is_fork_tuple, to_score
+from verl.utils.reward_score.returns import FailureKind, ScoringError, failed, is_fork_tuple, to_score
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +208,8 @@ class RewardFunction:
         return to_score(value, ground_truth=ground_truth, classes=classes)
 
     def _exception(self, error: BaseException) -> Score:
+        if isinstance(error, ScoringError):
+            return failed(error.kind, str(error))
         frames = traceback.extract_tb(error.__traceback__)
         place = (frames[-1].filename, frames[-1].lineno) if frames else ("", 0)
         text = "".join(traceback.format_exception(error))

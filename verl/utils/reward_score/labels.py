@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from verl.utils.reward_score.tags import AnswerFormat, fold, label_table, parse_answer
+from verl.utils.reward_score.tags import AnswerFormat, ParsedAnswer, fold, label_table, parse_answer
 
 LABEL_WEIGHT = 0.9
 FORMAT_WEIGHT = 0.1
@@ -50,9 +50,13 @@ class LabelScorer:
             )
         return found
 
+    def read(self, predict_str: str) -> ParsedAnswer:
+        """The parts of an answer, by the task's labels and the chosen format."""
+        return parse_answer(predict_str, self._table, self.answer_format, extension=self.extension)
+
     def __call__(self, predict_str: str, ground_truth: str) -> ScoreTuple:
         label_id = self.label_id(ground_truth)
-        answer = parse_answer(predict_str, self._table, self.answer_format, extension=self.extension)
+        answer = self.read(predict_str)
         pred_id = UNPARSED_ID if answer.label is None else self._ids[fold(answer.label)]
         reward = LABEL_WEIGHT * (pred_id == label_id) + FORMAT_WEIGHT * answer.well_formed
         return reward, int(answer.well_formed), pred_id, label_id

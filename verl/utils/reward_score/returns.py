@@ -38,8 +38,38 @@ class FailureKind(enum.Enum):
     """A number of the returned value is NaN or infinite."""
     BAD_RETURN = "bad_return"
     """The returned value has none of the known shapes."""
+    RATE_LIMITED = "rate_limited"
+    """A service answered 429 for longer than we were ready to wait."""
+    SERVER_ERROR = "server_error"
+    """A service answered 5xx, each time it was asked."""
+    REFUSED_CONNECTION = "refused_connection"
+    """A service could not be reached, or dropped the connection."""
+    REJECTED = "rejected"
+    """A service refused the request itself (another 4xx): wrong model name, text too long, unknown parameter."""
+    MALFORMED = "malformed"
+    """A judge's reply is not the JSON object that was asked for."""
+    OUT_OF_RANGE = "out_of_range"
+    """A judge's reply holds a number outside [0, 1]."""
+    AUTH = "auth"
+    """A service refused the key, or there is none."""
+    BUDGET = "budget"
+    """The spending limit is reached: our own, or the quota of the account."""
     OTHER = "other"
     """A reason written by somebody else."""
+
+
+class ScoringError(Exception):
+    """Raised by a reward function that knows why it has no score; becomes `Score.failed` of that kind.
+
+    Example: `raise ScoringError(FailureKind.RATE_LIMITED, "the judge asks to come back in 300 s")`
+    """
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 def failed(kind: FailureKind, detail: str) -> Score:

@@ -67,11 +67,18 @@ class WandbBackend:
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         from PIL import Image
 
-        table = self._wandb.Table(columns=["step", "uid", "prompt", "answer", "label", "score", "image"])
+        table = self._wandb.Table(columns=["step", "uid", "prompt", "answer", "label", "score"])
         for s in samples:
-            image = None if s.image is None else self._wandb.Image(Image.open(io.BytesIO(s.image)))
-            table.add_data(step, s.uid, s.prompt, s.answer, s.label, s.score, image)
-        self._run.log({"samples": table}, step=step)
+            table.add_data(step, s.uid, s.prompt, s.answer, s.label, s.score)
+        # Beside the table, not in it: an offline run leaves out the files of a table's images.
+        plots = [
+            self._wandb.Image(
+                Image.open(io.BytesIO(s.image)), caption=f"{s.uid} | label {s.label} | score {s.score}\n{s.answer}"
+            )
+            for s in samples
+            if s.image is not None
+        ]
+        self._run.log({"samples": table, **({"samples_plots": plots} if plots else {})}, step=step)
 
     def close(self) -> None:
         self._run.finish()

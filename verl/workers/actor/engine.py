@@ -54,10 +54,14 @@ def shard(policy: Policy, mesh: DeviceMesh, spec: ShardSpec) -> Policy:
 
 
 def filler_group(token_id: int) -> TrainGroup:
-    """An empty micro-batch: one prompt and one answer of weight 0, so that every rank makes the same calls."""
+    """An empty micro-batch: one prompt and one answer of weight 0, so that every rank makes the same calls.
+
+    It has the reference's column, which a KL term asks for; old log-probs are then those of its own forward.
+    """
     ids = np.array([token_id], dtype=np.int32)
     prompt = Prompt("filler", -1, "", ids, (), (), "")
-    return TrainGroup(prompt, (TrainSample(-1, ids, np.zeros(1, np.float32)),))
+    zero = np.zeros(1, np.float32)
+    return TrainGroup(prompt, (TrainSample(-1, ids, zero, ref_log_probs=zero),))
 
 
 class PackedRunner:
@@ -70,7 +74,7 @@ class PackedRunner:
         self.temperature = temperature
         config = policy.config
         self._image_token, self._merge = config.image_token_id, config.vision_config.spatial_merge_size
-        self._filler = [filler_group(config.text_config.eos_token_id)]
+        self._filler = [filler_group(int((~policy.banned).int().argmax()))]  # 0 times a banned id's -inf is nan
 
     def inputs(self, groups: Sequence[TrainGroup]) -> ModelInputs:
         batch = pack(groups, image_token_id=self._image_token, merge_size=self._merge)

@@ -6,23 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from verl.config import PPOConfig, clip_range, uses_reference
-from verl.models.policy import Policy, check_model_folder, load_policy
+from verl.models.policy import Policy, check_model_folder
 from verl.protocol import LogProbs, TrainGroup
-from verl.utils.checkpoint.hf_export import export_huggingface
 from verl.utils.checkpoint.manager import Checkpoint
-from verl.utils.checkpoint.sharded import load_optimizer, load_sharded, model_state, save_optimizer, save_sharded
 from verl.utils.dataset.images import ImageSpec
 from verl.utils.dataset.patches import open_patches
-from verl.workers.actor.engine import PackedRunner, ShardSpec, TrainEngine, full_parameters, shard
+from verl.workers.actor.build import build_policy, build_runner, build_train_engine, load_engine, save_engine
+from verl.workers.actor.engine import PackedRunner, full_parameters
 from verl.workers.actor.objective import PolicyObjective
-from verl.workers.actor.optim import optim_spec
 from verl.workers.runtime import (
-    build_mesh,
     compute_dtype,
     import_external,
     memory_metrics,
@@ -63,56 +59,33 @@ class ActorWorker:
         self.folder = check_model_folder(model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=model.trust_remote_code)
         self.patches = open_patches(stores, ImageSpec.from_pretrained(self.folder))
-        self.engine = self._train_engine(optimizer_steps)
+        actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
+        policy = self._policy(
+            trained=True, offload=actor.fsdp_config.param_offload, freeze_vision=actor.freeze_vision_tower
+        )
+        self.engine = build_train_engine(
+            self._runner(policy), actor.optim, clip_grad=actor.grad_clip, optimizer_steps=optimizer_steps
+        )
         self.objective = policy_objective(config)
-        self.reference = self._reference() if uses_reference(config) else None
+        self.reference: PackedRunner | None = None
+        if uses_reference(config):
+            self.reference = self._runner(self._policy(trained=False, offload=ref.fsdp_config.param_offload))
 
-    def _policy(self, *, dtype: torch.dtype, offload: bool, checkpointing: bool, trained: bool) -> Policy:
-        actor = self.config.actor_rollout_ref.actor
-        policy = load_policy(
+    def _policy(self, *, trained: bool, offload: bool, freeze_vision: bool = False) -> Policy:
+        workers = self.config.actor_rollout_ref
+        return build_policy(
             self.folder,
             self.tokenizer,
-            dtype=dtype,
-            checkpointing=checkpointing,
-            overrides=self.config.actor_rollout_ref.model.override_config,
+            workers.model,
+            workers.actor.fsdp_config,
+            device=self.device,
+            trained=trained,
+            freeze_vision=freeze_vision,
+            offload=offload,
         )
-        policy.requires_grad_(trained)
-        if actor.freeze_vision_tower:
-            policy.hf.model.visual.requires_grad_(False)
-        precision = actor.fsdp_config.mixed_precision
-        spec = ShardSpec(
-            param_dtype=compute_dtype(precision.param_dtype, self.device),
-            reduce_dtype=compute_dtype(precision.reduce_dtype, self.device),
-            offload=offload and self.device == "cuda",
-        )
-        mesh = build_mesh(self.device, actor.fsdp_config.fsdp_size)
-        return shard(policy if spec.offload else policy.to(self.device), mesh, spec)
 
     def _runner(self, policy: Policy) -> PackedRunner:
-        temperature = self.config.actor_rollout_ref.rollout.temperature
-        return PackedRunner(policy, self.patches, torch.device(self.device), temperature)
-
-    def _train_engine(self, optimizer_steps: int) -> TrainEngine:
-        actor = self.config.actor_rollout_ref.actor
-        policy = self._policy(
-            dtype=compute_dtype(actor.fsdp_config.model_dtype, self.device),
-            offload=actor.fsdp_config.param_offload,
-            checkpointing=self.config.actor_rollout_ref.model.enable_gradient_checkpointing,
-            trained=True,
-        )
-        spec = optim_spec(actor.optim, clip_grad=actor.grad_clip, optimizer_steps=optimizer_steps)
-        return TrainEngine(self._runner(policy), spec)
-
-    def _reference(self) -> PackedRunner:
-        """The model at the start of training, never updated, in the compute precision."""
-        config = self.config.actor_rollout_ref
-        policy = self._policy(
-            dtype=compute_dtype(config.actor.fsdp_config.mixed_precision.param_dtype, self.device),
-            offload=config.ref.fsdp_config.param_offload,
-            checkpointing=False,
-            trained=False,
-        )
-        return self._runner(policy)
+        return build_runner(policy, self.patches, self.device, self.config.actor_rollout_ref.rollout.temperature)
 
     def describe(self) -> str:
         return parameter_table(list(self.engine.policy.named_parameters()))
@@ -136,26 +109,13 @@ class ActorWorker:
         return publish(full_parameters(self.engine.policy), dtype, keep=self.rank == 0)
 
     def save(self, checkpoint: Checkpoint) -> dict[str, int]:
-        """Write sharded model and optimizer and a Hugging Face copy; returns the engine's clock."""
-        policy = self.engine.policy
-        save_sharded(checkpoint.model, model_state(policy.hf))
-        save_optimizer(checkpoint.optimizer, policy.hf, self.engine.optimizer)
-        export_huggingface(
-            policy.hf,
-            checkpoint.huggingface,
-            source=self.folder,
-            dtype=compute_dtype(self.config.actor_rollout_ref.rollout.dtype, self.device),
-            suppress_tokens=policy.banned.nonzero()[:, 0].tolist(),
-        )
-        return self.engine.clock()
+        """Write into the checkpoint's folder; returns the engine's clock."""
+        dtype = compute_dtype(self.config.actor_rollout_ref.rollout.dtype, self.device)
+        return save_engine(self.engine, checkpoint, source=self.folder, dtype=dtype)
 
     def load(self, checkpoint: Checkpoint, clock: dict[str, int] | None = None) -> None:
         """Restore what `save` wrote, on any number of ranks. Without `clock` the weights alone."""
-        policy = self.engine.policy
-        load_sharded(checkpoint.model, model_state(policy.hf))
-        if clock is not None:
-            load_optimizer(checkpoint.optimizer, policy.hf, self.engine.optimizer)
-            self.engine.set_clock(clock)
+        load_engine(self.engine, checkpoint, clock)
 
     def memory(self) -> dict[str, float]:
         return memory_metrics(self.device)

@@ -15,14 +15,16 @@ import asyncio
 import difflib
 import functools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from verl.protocol import Prompt, Score
-from verl.utils.reward_score import AnswerFormat, get_scorer, known_classes
+from verl.utils.event_loop import LoopThread
+from verl.utils.reward_score import AnswerFormat, get_judged_scorer, get_scorer, known_classes
 from verl.utils.reward_score.adapter import RewardFunction
 from verl.utils.reward_score.custom import CustomFunction
+from verl.utils.reward_score.judge import JudgeConfig, shared_judge
 from verl.utils.reward_score.labels import ScoreTuple
-from verl.workers.reward_manager.loop import LoopThread
 
 RewardItem = tuple[Prompt, str]
 """A prompt and one answer, decoded without special tokens."""
@@ -39,6 +41,8 @@ class RewardManager:
 
     `max_concurrent` bounds the calls in flight of an async function or of one with a time limit (`timeout_s`, seconds a
     call); the registered rules are quick and run in place.
+    `judge` holds the options of `verl.utils.reward_score.judge.JudgeConfig`: sources with a judged part then use it.
+    The judge has limits of its own, so `timeout_s` and `max_concurrent` do not apply.
     Raises ValueError for an illegal argument, and for a custom function that cannot be loaded or called.
     """
 
@@ -51,6 +55,7 @@ class RewardManager:
         answer_format: str | AnswerFormat = AnswerFormat.LOOSE,
         timeout_s: float | None = None,
         max_concurrent: int = 8,
+        judge: Mapping[str, Any] | None = None,
     ) -> None:
         _check_name(name)
         if not 0 <= max_failure_rate <= 1:
@@ -65,7 +70,13 @@ class RewardManager:
         self.max_failure_rate = max_failure_rate
         self._max_concurrent = max_concurrent
         self._custom = custom
-        if custom is None:
+        if custom is not None and judge is not None:
+            raise ValueError("judge options have no effect on a custom function: pass them in its reward_kwargs")
+        if judge is not None:
+            self._judge = JudgeConfig.from_mapping(judge)
+            self._max_concurrent = 2**31
+            self._function = RewardFunction(self._judged_rule, name="registered rule with a judge")
+        elif custom is None:
             self._function = RewardFunction(self._rule, name="registered rule")
         else:
             self._function = RewardFunction(
@@ -132,6 +143,13 @@ class RewardManager:
 
     def _rule(self, data_source: str, solution_str: str, ground_truth: str) -> ScoreTuple:
         return get_scorer(data_source, self._format)(solution_str, ground_truth)
+
+    async def _judged_rule(self, data_source: str, solution_str: str, ground_truth: str) -> ScoreTuple | Score:
+        scorer = get_judged_scorer(data_source)
+        if scorer is None:
+            return self._rule(data_source, solution_str, ground_truth)
+        judge = shared_judge(self._judge)
+        return await scorer(solution_str, ground_truth, judge=judge, answer_format=self._format.value)
 
     def _check_rate(self, scores: Sequence[Score]) -> None:
         reasons = Counter(score.reason for score in scores if score.reason is not None)

@@ -1,0 +1,313 @@
+"""`python3 -m verl.trainer.sft_trainer key=value ...`, or the same under `torchrun` for several ranks.
+
+Supervised fine-tuning on the data, packing and engine of RL: a row is a prompt with one answer. Every rank runs this
+loop on the same plan, so ranks agree without being told.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from verl.algorithms.aggregation import token_weights
+from verl.config import SFTConfig, load, to_dict, to_yaml
+from verl.config.derived import sft_model, sft_optim
+from verl.models.policy import check_model_folder, load_policy, stop_ids
+from verl.packing.balance import plan_mini_batch
+from verl.protocol import Prompt, Response, TrainGroup, TrainSample
+from verl.trainer.ppo.batch import response_tokens
+from verl.trainer.ppo.scoring import Scorer, build_reward_manager
+from verl.trainer.ppo.validation import ValidationResult, validate
+from verl.trainer.ppo.workers import PATCH_WEIGHT
+from verl.utils.checkpoint.manager import Checkpoint, CheckpointManager
+from verl.utils.dataset.images import ImageSpec
+from verl.utils.dataset.patches import open_patches
+from verl.utils.dataset.prompts import Truncation
+from verl.utils.dataset.rl_dataset import DatasetOptions, SFTDataset, SFTExample, load_sft_dataset
+from verl.utils.dataset.rows import Columns
+from verl.utils.dataset.sampler import Sampler
+from verl.utils.timing import Phases
+from verl.utils.tracking import Tracker
+from verl.workers.actor.build import build_policy, build_runner, build_train_engine, load_engine, save_engine
+from verl.workers.actor.engine import full_parameters
+from verl.workers.actor.objective import SFTObjective, merge_metrics
+from verl.workers.rollout.base import Sampling
+from verl.workers.rollout.hf import HFEngine
+from verl.workers.runtime import (
+    all_gather_objects,
+    compute_dtype,
+    import_external,
+    memory_metrics,
+    parameter_table,
+    resolve_device,
+    start_process_group_from_env,
+)
+
+log = logging.getLogger(__name__)
+
+
+def load_sft_data(config: SFTConfig, tokenizer: Any, folder: Path) -> tuple[SFTDataset, SFTDataset]:
+    """Training and validation rows. Raises ValueError naming file and row, or the key to change."""
+    data = config.data
+    options = DatasetOptions(
+        max_prompt_length=data.max_prompt_length,
+        max_total_length=data.max_length,
+        truncation=Truncation(data.truncation),
+        filter_overlong_prompts=data.filter_overlong_prompts,
+        columns=Columns(prompt=data.prompt_key, images=data.image_key, response=data.response_key),
+        cache_dir=None if data.image_cache_dir is None else Path(data.image_cache_dir),
+    )
+    spec = ImageSpec.from_pretrained(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+    return tuple(load_sft_dataset(files, tokenizer, spec, options) for files in (data.train_files, data.val_files))
+
+
+def to_groups(examples: Sequence[SFTExample]) -> list[TrainGroup]:
+    """Rows of one optimizer step; weights are those of a mean over all their answer tokens."""
+    weights = token_weights([len(e.response_ids) for e in examples])
+    return [
+        TrainGroup(e.prompt, (TrainSample(index, e.response_ids, weight),))
+        for index, (e, weight) in enumerate(zip(examples, weights, strict=True))
+    ]
+
+
+class SFTTrainer:
+    """One rank of supervised fine-tuning."""
+
+    def __init__(self, config: SFTConfig) -> None:
+        self.config = config
+        self.device = resolve_device(config.trainer.device)
+        self.rank, self.world = start_process_group_from_env(self.device)
+        import_external(config.model.external_lib)
+        self.folder = check_model_folder(config.model.partial_pretrain)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=config.model.trust_remote_code)
+        self.train, self.validation = load_sft_data(config, self.tokenizer, self.folder)
+        data, trainer = config.data, config.trainer
+        self.sampler = Sampler(len(self.train), seed=data.seed, shuffle=data.shuffle, drop_last=False)
+        self.steps_per_epoch = self.sampler.batches_per_epoch(data.train_batch_size)
+        self.total_steps = trainer.total_training_steps or trainer.total_epochs * self.steps_per_epoch
+        self.budget = data.micro_batch_size_per_gpu * data.max_length
+        self.scorer = Scorer(build_reward_manager(config), self.tokenizer)
+        self.run_dir = Path(trainer.default_local_dir)
+        self.checkpoints = CheckpointManager(self.run_dir, keep=trainer.max_actor_ckpt_to_keep)
+        self._build_engines()
+        self.step = 0
+
+    def _build_engines(self) -> None:
+        config = self.config
+        stores = [d.images.path for d in (self.train, self.validation) if d.images is not None]
+        patches = open_patches(stores, ImageSpec.from_pretrained(self.folder))
+        policy = build_policy(
+            self.folder,
+            self.tokenizer,
+            sft_model(config),
+            config.model.fsdp_config,
+            device=self.device,
+            trained=True,
+            freeze_vision=config.model.freeze_vision_tower,
+            offload=config.model.fsdp_config.param_offload,
+        )
+        runner = build_runner(policy, patches, self.device, temperature=1.0)
+        self.engine = build_train_engine(
+            runner, sft_optim(config), clip_grad=config.optim.clip_grad, optimizer_steps=self.total_steps
+        )
+        dtype = compute_dtype(config.rollout.dtype, self.device)
+        copy = load_policy(self.folder, self.tokenizer, dtype=dtype, overrides=config.model.override_config)
+        self.generator = HFEngine(
+            copy.to(self.device),
+            patches,
+            stop_ids=stop_ids(self.folder, self.tokenizer),
+            batch_size=config.rollout.hf_batch_size,
+        )
+
+    def fit(self) -> dict[str, float]:
+        """Train until the steps, the time or the stop rule end it; returns the last validation's metrics."""
+        self._open_run()
+        begin, metrics = time.monotonic(), {}
+        if self.config.trainer.val_before_train and self.step == 0:
+            self._log(self._validate().metrics)
+        while self.step < self.total_steps:
+            self.step += 1
+            metrics = self._step()
+            late = self._out_of_time(begin)
+            last = late or self.step == self.total_steps
+            reached = False
+            if last or self._due(self.config.trainer.test_freq):
+                result = self._validate()
+                metrics |= result.metrics | {"val/parse_failure": result.parse_failure, "val/accuracy": result.accuracy}
+                reached = self._good_enough(result)
+            if last or reached or self._due(self.config.trainer.save_freq):
+                self._save(metrics)
+            self._log(metrics)
+            if late or reached:
+                break
+        return metrics
+
+    def _step(self) -> dict[str, float]:
+        phase = Phases()
+        with phase("step"):
+            rows = self.sampler.next_batch(self.config.data.train_batch_size)
+            groups = to_groups([self.train[int(i)] for i in rows])
+            plan = plan_mini_batch(
+                groups, ranks=self.world, token_budget=self.budget, patch_weight=PATCH_WEIGHT, balanced=True
+            )
+            mine = self.engine.step(plan[self.rank], SFTObjective(), response_tokens(groups))
+        merged = merge_metrics(all_gather_objects(mine)) | {k: mine[k] for k in ("grad_norm", "lr", "skipped")}
+        metrics = {f"train/{name}": value for name, value in merged.items()}
+        metrics |= {"training/global_step": float(self.step), "training/epoch": float(self.sampler.epoch)}
+        return metrics | phase.metrics() | memory_metrics(self.device)
+
+    def _due(self, frequency: int | str) -> bool:
+        if frequency == "after_each_epoch":
+            return self.step % self.steps_per_epoch == 0
+        return int(frequency) > 0 and self.step % int(frequency) == 0
+
+    def _out_of_time(self, begin: float) -> bool:
+        """Rank 0's clock decides for all."""
+        limit = self.config.trainer.max_seconds
+        return limit is not None and all_gather_objects(time.monotonic() - begin)[0] > limit
+
+    def _good_enough(self, result: ValidationResult) -> bool:
+        limit = self.config.trainer.stop_parse_failure
+        return limit is not None and result.parse_failure < limit
+
+    def _validate(self) -> ValidationResult:
+        """Answers are drawn on all ranks and scored on each, so that all take the same decisions."""
+        rollout, data = self.config.rollout, self.config.data
+        self.generator.load_weights(full_parameters(self.engine.policy))
+        sampling = Sampling(
+            n=rollout.n,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            do_sample=rollout.do_sample,
+            max_tokens=data.max_response_length,
+            max_context=data.max_prompt_length + data.max_response_length,
+            ignore_eos=False,
+            seed=rollout.seed,
+        )
+
+        def generate(prompts: Sequence[Prompt]) -> list[list[Response]]:
+            shares = np.array_split(np.arange(len(prompts)), self.world)
+            mine = self.generator.generate([prompts[i] for i in shares[self.rank]], sampling, step=self.step)
+            return [answers for part in all_gather_objects(mine) for answers in part]
+
+        result = validate([e.prompt for e in self.validation], generate, self.scorer, data.val_batch_size)
+        if self.rank == 0:
+            result.write(self.run_dir / "reports" / f"val_step_{self.step}.json", step=self.step)
+            self.scorer.write_samples(self.run_dir / "samples" / f"val_step_{self.step:06d}.jsonl", result.groups)
+            folder = self.config.trainer.validation_data_dir
+            if folder is not None:
+                self.scorer.write_samples(Path(folder) / f"val_step_{self.step:06d}.jsonl", result.groups)
+            shown = result.groups[: self.config.trainer.log_val_generations]
+            self.tracker.log_samples(self.step, self.scorer.tracker_samples(shown))
+        return result
+
+    # --- run folder and checkpoints ------------------------------------------------------------------------------
+
+    def _open_run(self) -> None:
+        trainer = self.config.trainer
+        checkpoint = self.checkpoints.find(trainer.resume_mode, trainer.resume_path)
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        if self.rank == 0:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
+            self.tracker = Tracker(
+                trainer.logger,
+                self.run_dir,
+                project=trainer.project_name,
+                experiment=trainer.experiment_name,
+                config=to_dict(self.config),
+                total_steps=self.total_steps,
+                resume_step=self.step,
+            )
+            print(
+                f"sft: {len(self.train)} rows, {self.steps_per_epoch} steps an epoch, at most {self.total_steps} steps, "
+                f"{self.world} rank(s) on {self.device}; {parameter_table(list(self.engine.policy.named_parameters()))}",
+                flush=True,
+            )
+
+    def _identity(self) -> dict[str, str]:
+        path = str(Path(self.config.model.partial_pretrain).resolve())
+        return {"model.partial_pretrain": path, "data.train_files (digest)": self.train.digest}
+
+    def _save(self, metrics: dict[str, float]) -> None:
+        dtype = compute_dtype(self.config.rollout.dtype, self.device)
+        state: dict[str, Any] = {"identity": self._identity(), "sampler": self.sampler.state()}
+        with self._saving(state, metrics) as checkpoint:
+            state["engine"] = save_engine(self.engine, checkpoint, source=self.folder, dtype=dtype)
+
+    @contextmanager
+    def _saving(self, state: dict[str, Any], metrics: dict[str, float]) -> Iterator[Checkpoint]:
+        """Rank 0 owns the folder; the others write into the one it names, and leave once all have."""
+        if self.rank == 0:
+            with self.checkpoints.saving(self.step, state, metrics) as checkpoint:
+                all_gather_objects(checkpoint)
+                yield checkpoint
+                dist.barrier()
+        else:
+            yield all_gather_objects(None)[0]
+            dist.barrier()
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.read_data()
+        for name, mine in self._identity().items():
+            if state["identity"][name] != mine:
+                raise ValueError(
+                    f"{checkpoint.path} was made with {name}={state['identity'][name]}, this run has {mine}: set "
+                    "trainer.resume_mode=disable, or give trainer.experiment_name another value"
+                )
+        load_engine(self.engine, checkpoint, state["engine"])
+        self.sampler.load_state(state["sampler"])
+        self.step = checkpoint.step
+        if self.rank == 0:
+            print(f"resumed {checkpoint.path}", flush=True)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        if self.rank == 0:
+            self.tracker.log(self.step, metrics)
+
+    def close(self) -> None:
+        if self.rank == 0 and hasattr(self, "tracker"):
+            self.tracker.close()
+        dist.destroy_process_group()
+
+
+def main(overrides: list[str] | None = None) -> int:
+    """Exit code 0, 2 for a mistake in the config or data, 1 for anything else."""
+    arguments = sys.argv[1:] if overrides is None else overrides
+    if any(a in ("-h", "--help") for a in arguments):
+        print(__doc__ + "\nEvery key with its default: verl/trainer/config/sft_trainer.yaml")
+        return 0
+    level = os.environ.get("VERL_SFT_LOGGING_LEVEL", "WARN")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        config = load("sft_trainer", arguments)
+        trainer = SFTTrainer(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        trainer.fit()
+    except ValueError as error:
+        traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        trainer.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

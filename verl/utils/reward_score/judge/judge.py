@@ -1,0 +1,294 @@
+"""An LLM judge: one answer in, one `Verdict` out, or a JudgeError that says why not.
+
+One `LLMJudge` lives in one event loop and holds all limits; other tasks, threads or processes call it
+(`verl.utils.reward_score.judge.shared`).
+
+Invariants
+- A failure is an exception of a kind, never a number, and is never cached.
+- A call ends within `queue_timeout_s + timeout_s`, whatever the server does.
+- An answer costs at most 2 x (`max_retries` + 1) requests (twice only while it is not yet known whether the server
+  takes a json schema), and none when its verdict is known or being asked for.
+- A refused key, an empty account or a wrong model name ends the asking: later calls fail at once with the same message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import tenacity
+
+from verl.utils.reward_score.judge.client import ChatClient, Reply
+from verl.utils.reward_score.judge.config import JudgeConfig
+from verl.utils.reward_score.judge.errors import JudgeError
+from verl.utils.reward_score.judge.limits import Breaker, Grant, RateLimiter
+from verl.utils.reward_score.judge.rubric import JudgeRequest, build_messages, cache_key, response_format, shown_text
+from verl.utils.reward_score.judge.store import JudgeStore
+from verl.utils.reward_score.judge.verdict import parse_verdict
+from verl.utils.reward_score.returns import FailureKind
+
+logger = logging.getLogger(__name__)
+
+_AGAIN = (
+    FailureKind.RATE_LIMITED,
+    FailureKind.SERVER_ERROR,
+    FailureKind.TIMEOUT,
+    FailureKind.REFUSED_CONNECTION,
+)
+_AGAIN_ONCE = (FailureKind.MALFORMED, FailureKind.OUT_OF_RANGE)
+_UNBILLED = (
+    FailureKind.RATE_LIMITED,
+    FailureKind.SERVER_ERROR,
+    FailureKind.REFUSED_CONNECTION,
+    FailureKind.AUTH,
+    FailureKind.BUDGET,
+    FailureKind.REJECTED,
+)
+_LONGEST_BACKOFF_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Example: `Verdict({"depth": 0.6, "relevance": 0.8}, score=0.4, capped=True)`."""
+
+    criteria: Mapping[str, float]
+    """Each in [0, 1]."""
+    score: float
+    """Mean of the criteria, at most the rubric's cap where a stock phrase occurs."""
+    capped: bool
+
+
+class Judge(Protocol):
+    """What a reward function needs of a judge, wherever it runs."""
+
+    async def judge(self, request: JudgeRequest) -> Verdict:
+        """Raises JudgeError when there is no verdict."""
+
+
+@dataclass(slots=True)
+class _Ask:
+    """One answer on its way: its messages are made anew for every request, with a new delimiter."""
+
+    request: JudgeRequest
+    shown: str
+    tokens: int
+    """Expected, prompt and reply."""
+    grant: Grant | None = None
+    """Granted while queueing, for the first request."""
+
+
+class LLMJudge:
+    """Asks an OpenAI-compatible server under the limits of its config.
+
+    `window_s` is the minute of the rate limits. Raises ValueError when the cache file cannot be used.
+    """
+
+    def __init__(self, config: JudgeConfig, *, window_s: float = 60.0) -> None:
+        self.config = config
+        self._store = JudgeStore(config.cache_path, config.run_name)
+        self._client = ChatClient(config)
+        self._slots = asyncio.Semaphore(config.max_concurrent)
+        self._limiter = RateLimiter(config.max_rpm, config.max_tpm, window_s=window_s)
+        self._breaker = Breaker(config.give_up_after, config.timeout_s)
+        self._flights: dict[str, asyncio.Task[dict[str, float] | JudgeError]] = {}
+        self._counts: Counter[str] = Counter()
+        self._final: JudgeError | None = None
+        self._takes_schema: bool | None = None
+        self._worked = False
+
+    async def judge(self, request: JudgeRequest) -> Verdict:
+        """The verdict, from the cache where it is known. Raises JudgeError."""
+        shown = shown_text(request, self.config.max_chars)
+        config = self.config
+        key = cache_key(
+            request.rubric,
+            shown,
+            model=config.model,
+            temperature=config.temperature,
+            max_answer_tokens=config.max_answer_tokens,
+        )
+        criteria = self._cached(key, request.rubric.keys)
+        if criteria is None:
+            criteria = await self._fly(key, request, shown)
+        score, capped = request.rubric.score(criteria, request.fields)
+        return Verdict(criteria, score, capped)
+
+    def metrics(self) -> dict[str, float]:
+        """`judge/...`: answers from cache, shared and asked for, requests, failures by kind, and what the run spent."""
+        spent = self._store.spent()
+        counts = {f"judge/{name}": float(value) for name, value in self._counts.items()}
+        return counts | {"judge/spent/calls": float(spent.calls), "judge/spent/tokens": float(spent.tokens)}
+
+    async def close(self) -> None:
+        """Cancel what is under way and close connections and file."""
+        for flight in list(self._flights.values()):
+            flight.cancel()
+        await asyncio.gather(*self._flights.values(), return_exceptions=True)
+        await self._client.close()
+        self._store.close()
+
+    def _cached(self, key: str, keys: tuple[str, ...]) -> dict[str, float] | None:
+        stored = self._store.get(key)
+        if stored is None:
+            return None
+        self._counts["cached"] += 1
+        return parse_verdict(stored, keys)
+
+    async def _fly(self, key: str, request: JudgeRequest, shown: str) -> dict[str, float]:
+        """Ask once for all callers that want the same verdict now; a caller that gives up ends it for nobody else."""
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = asyncio.create_task(self._answer(key, request, shown))
+            self._flights[key] = flight
+            flight.add_done_callback(lambda _: self._flights.pop(key, None))
+        else:
+            self._counts["shared"] += 1
+        found = await asyncio.shield(flight)
+        if isinstance(found, JudgeError):
+            raise JudgeError(found.kind, str(found), status=found.status)
+        return found
+
+    async def _answer(self, key: str, request: JudgeRequest, shown: str) -> dict[str, float] | JudgeError:
+        try:
+            criteria = await self._queue_and_ask(request, shown)
+        except JudgeError as error:
+            if not self._counts[f"failed/{error.kind.value}"]:
+                logger.warning("judge: %s: %s (later failures of this kind are only counted)", error.kind.value, error)
+            self._counts[f"failed/{error.kind.value}"] += 1
+            return error
+        self._store.put(key, json.dumps(criteria), self.config.model)
+        self._counts["asked"] += 1
+        return criteria
+
+    async def _queue_and_ask(self, request: JudgeRequest, shown: str) -> dict[str, float]:
+        self._check_open()
+        # Every \u escape and every word is more than one character; three to a token errs on the large side for text.
+        chars = sum(len(message["content"]) for message in build_messages(request.rubric, shown))
+        ask = _Ask(request, shown, chars // 3 + self.config.max_answer_tokens)
+        limit = self.config.queue_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise JudgeError(FailureKind.TIMEOUT, f"no free slot in {limit:g} s (judge.max_concurrent)") from None
+        try:
+            self._check_open()
+            try:
+                async with asyncio.timeout(limit):
+                    ask.grant = await self._limiter.acquire(ask.tokens, limit)
+            except TimeoutError:
+                message = f"judge.max_rpm and max_tpm left no room in {limit:g} s"
+                raise JudgeError(FailureKind.RATE_LIMITED, message) from None
+            self._check_open()
+            return await self._ask_in_time(ask)
+        finally:
+            self._slots.release()
+
+    async def _ask_in_time(self, ask: _Ask) -> dict[str, float]:
+        limit = self.config.timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                criteria = await self._ask_with_retries(ask)
+        except TimeoutError:
+            self._breaker.record(FailureKind.TIMEOUT)
+            raise JudgeError(FailureKind.TIMEOUT, f"no verdict in {limit:g} s (judge.timeout_s)") from None
+        except JudgeError as error:
+            self._breaker.record(error.kind)
+            if self._is_final(error):
+                self._final = error
+            raise
+        self._breaker.record(None)
+        self._worked = True
+        return criteria
+
+    async def _ask_with_retries(self, ask: _Ask) -> dict[str, float]:
+        config = self.config
+        backoff = tenacity.wait_random_exponential(multiplier=config.backoff_s, max=_LONGEST_BACKOFF_S)
+
+        def wait_s(state: tenacity.RetryCallState) -> float:
+            asked = getattr(state.outcome.exception() if state.outcome else None, "retry_after_s", None)
+            return backoff(state) + (asked or 0.0)
+
+        def again(state: tenacity.RetryCallState) -> bool:
+            error = state.outcome.exception() if state.outcome else None
+            if not isinstance(error, JudgeError):
+                return False
+            return error.kind in _AGAIN or (error.kind in _AGAIN_ONCE and state.attempt_number == 1)
+
+        retrying = tenacity.AsyncRetrying(
+            retry=again,
+            wait=wait_s,
+            stop=tenacity.stop_after_attempt(config.max_retries + 1) | tenacity.stop_before_delay(config.timeout_s),
+            reraise=True,
+        )
+        return await retrying(self._attempt, ask)
+
+    async def _attempt(self, ask: _Ask) -> dict[str, float]:
+        keys = ask.request.rubric.keys
+        if self._takes_schema is False:
+            return parse_verdict((await self._request(ask, None)).text, keys)
+        try:
+            reply = await self._request(ask, response_format(ask.request.rubric))
+        except JudgeError as error:
+            if self._takes_schema or error.status not in (400, 422):
+                raise
+            # If the request is refused without the schema too, the schema was not the reason.
+            reply = await self._request(ask, None)
+            if self._takes_schema is None:
+                logger.warning("judge: %s takes no json schema; its replies are read strictly", self.config.base_url)
+            self._takes_schema = False
+        else:
+            self._takes_schema = True
+        return parse_verdict(reply.text, keys)
+
+    async def _request(self, ask: _Ask, schema: Mapping[str, Any] | None) -> Reply:
+        config = self.config
+        grant, ask.grant = ask.grant, None
+        grant = grant or await self._limiter.acquire(ask.tokens, config.timeout_s)
+        if not self._store.reserve(ask.tokens, max_calls=config.max_calls, max_tokens=config.max_total_tokens):
+            raise self._over_budget()
+        self._counts["requests"] += 1
+        try:
+            reply = await self._client.ask(build_messages(ask.request.rubric, ask.shown), schema)
+        except JudgeError as error:
+            if error.kind in _UNBILLED:
+                self._store.settle(ask.tokens, 0)
+            if error.retry_after_s is not None:
+                self._limiter.pause(error.retry_after_s)
+            raise
+        if reply.tokens is not None:
+            grant.tokens = reply.tokens
+            self._store.settle(ask.tokens, reply.tokens)
+        return reply
+
+    def _check_open(self) -> None:
+        """Raises JudgeError when asking is pointless: a final error, a server that is down, nothing left to spend."""
+        if self._final is not None:
+            raise JudgeError(self._final.kind, str(self._final), status=self._final.status)
+        self._breaker.check()
+        config, spent = self.config, self._store.spent()
+        calls_left = config.max_calls is None or spent.calls < config.max_calls
+        tokens_left = config.max_total_tokens is None or spent.tokens < config.max_total_tokens
+        if not (calls_left and tokens_left):
+            raise self._over_budget()
+
+    def _over_budget(self) -> JudgeError:
+        config = self.config
+        return JudgeError(
+            FailureKind.BUDGET,
+            f"the run {config.run_name!r} may spend max_calls={config.max_calls} and max_total_tokens="
+            f"{config.max_total_tokens}, and has: raise judge.max_calls or judge.max_total_tokens",
+        )
+
+    def _is_final(self, error: JudgeError) -> bool:
+        """403 and 404 may be about one answer (moderation, routing), but not before anything has worked."""
+        if error.kind is FailureKind.AUTH:
+            return error.status != 403 or not self._worked
+        if error.kind is FailureKind.BUDGET:
+            return error.status == 429
+        return error.status == 404 and not self._worked

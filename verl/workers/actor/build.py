@@ -1,0 +1,82 @@
+"""From config nodes to a sharded policy and its training engine, the same for RL and SFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from verl.config.nodes import FSDPConfig, ModelConfig, OptimConfig
+from verl.models.policy import Policy, load_policy
+from verl.utils.checkpoint.hf_export import export_huggingface
+from verl.utils.checkpoint.manager import Checkpoint
+from verl.utils.checkpoint.sharded import load_optimizer, load_sharded, model_state, save_optimizer, save_sharded
+from verl.utils.dataset.patches import PatchSource
+from verl.workers.actor.engine import PackedRunner, ShardSpec, TrainEngine, shard
+from verl.workers.actor.optim import optim_spec
+from verl.workers.runtime import build_mesh, compute_dtype
+
+
+def build_policy(
+    folder: Path,
+    tokenizer: Any,
+    model: ModelConfig,
+    fsdp: FSDPConfig,
+    *,
+    device: str,
+    trained: bool,
+    freeze_vision: bool = False,
+    offload: bool = False,
+) -> Policy:
+    """The sharded policy of a model folder.
+
+    A trained one holds its weights in `fsdp.model_dtype`, a frozen one in the compute precision. `offload` keeps the
+    weights in host memory between uses (CUDA only).
+    """
+    precision = fsdp.mixed_precision
+    param_dtype = compute_dtype(precision.param_dtype, device)
+    policy = load_policy(
+        folder,
+        tokenizer,
+        dtype=compute_dtype(fsdp.model_dtype, device) if trained else param_dtype,
+        checkpointing=model.enable_gradient_checkpointing and trained,
+        overrides=model.override_config,
+    )
+    policy.requires_grad_(trained)
+    if freeze_vision:
+        policy.hf.model.visual.requires_grad_(False)
+    spec = ShardSpec(
+        param_dtype=param_dtype,
+        reduce_dtype=compute_dtype(precision.reduce_dtype, device),
+        offload=offload and device == "cuda",
+    )
+    return shard(policy if spec.offload else policy.to(device), build_mesh(device, fsdp.fsdp_size), spec)
+
+
+def build_runner(policy: Policy, patches: PatchSource, device: str, temperature: float) -> PackedRunner:
+    return PackedRunner(policy, patches, torch.device(device), temperature)
+
+
+def build_train_engine(
+    runner: PackedRunner, optim: OptimConfig, *, clip_grad: float, optimizer_steps: int
+) -> TrainEngine:
+    return TrainEngine(runner, optim_spec(optim, clip_grad=clip_grad, optimizer_steps=optimizer_steps))
+
+
+def save_engine(engine: TrainEngine, checkpoint: Checkpoint, *, source: Path, dtype: torch.dtype) -> dict[str, int]:
+    """Write sharded model and optimizer and a Hugging Face copy in `dtype`; returns the engine's clock. Collective."""
+    policy = engine.policy
+    save_sharded(checkpoint.model, model_state(policy.hf))
+    save_optimizer(checkpoint.optimizer, policy.hf, engine.optimizer)
+    banned = policy.banned.nonzero()[:, 0].tolist()
+    export_huggingface(policy.hf, checkpoint.huggingface, source=source, dtype=dtype, suppress_tokens=banned)
+    return engine.clock()
+
+
+def load_engine(engine: TrainEngine, checkpoint: Checkpoint, clock: dict[str, int] | None = None) -> None:
+    """Restore what `save_engine` wrote, on any number of ranks. Without `clock` the weights alone. Collective."""
+    load_sharded(checkpoint.model, model_state(engine.policy.hf))
+    if clock is not None:
+        load_optimizer(checkpoint.optimizer, engine.policy.hf, engine.optimizer)
+        engine.set_clock(clock)
