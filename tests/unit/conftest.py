@@ -9,6 +9,7 @@ import pytest
 
 if TYPE_CHECKING:
     from model_fixtures import Maker
+
     from verl.models.policy import Policy
     from verl.utils.dataset.patches import StoredPatches
 

@@ -115,7 +115,7 @@ class Maker:
 
     def sample(self, length: int) -> TrainSample:
         index, self.samples = self.samples, self.samples + 1
-        old, ref, rollout = (self.rng.normal(-5, 0.5, length).astype(np.float32) for _ in range(3))
+        old, ref, rollout = (self.rng.normal(-5.7, 1.0, length).astype(np.float32) for _ in range(3))
         return TrainSample(
             index=index,
             token_ids=np.array(self.text(length), np.int32),

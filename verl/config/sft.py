@@ -24,6 +24,8 @@ class SFTDataConfig:
     """One path or a list of paths."""
     val_files: tuple[str, ...]
     """Rows for validation."""
+    test_files: tuple[str, ...] | None
+    """Rows scored once, at the end of training, without answers to learn; null: none."""
     prompt_key: str
     """Column with the prompt: chat messages or text."""
     response_key: str

@@ -41,7 +41,7 @@ def repeat_kv(x: Tensor, heads: int) -> Tensor:
 class MaskedGroups:
     """CPU plan of a packed batch: one boolean mask per group, True where a query may look."""
 
-    bounds: tuple[tuple[int, int], ...]
+    lengths: tuple[int, ...]
     masks: tuple[Tensor, ...]
 
     @classmethod
@@ -60,16 +60,13 @@ class MaskedGroups:
                 cache[key] = group_mask(lengths)
             masks.append(cache[key])
             assert sum(lengths) == high - low, f"group of {high - low} tokens has segments {lengths}"
-        return cls(bounds, tuple(masks))
+        return cls(tuple(high - low for low, high in bounds), tuple(masks))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
-        parts = [
-            F.scaled_dot_product_attention(
-                q[:, :, low:high], k[:, :, low:high], v[:, :, low:high], attn_mask=mask, scale=scale
-            )
-            for (low, high), mask in zip(self.bounds, self.masks, strict=True)
-        ]
+        # split, not slices: the backward of a slice fills a whole zero tensor per group
+        groups = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)), self.masks, strict=True)
+        parts = [F.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=scale) for *qkv, mask in groups]
         return torch.cat(parts, dim=2).transpose(1, 2)
 
 
@@ -139,6 +136,9 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_l
         flat = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
         return _varlen(*flat, cu_seqlens, cu_seqlens, max_length, max_length, scale, causal=False)[None]
     lengths = cu_seqlens.diff()
+    if len(lengths.unique()) == 1:
+        heads = (x[0].unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2).flatten(0, 1)[None]
     out = torch.empty(q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype)
     for length in lengths.unique().tolist():
         starts = cu_seqlens[:-1][lengths == length].long()

@@ -33,9 +33,9 @@ def _chunk_stats(
     normaliser = logits.logsumexp(-1)
     log_probs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
     with torch.set_grad_enabled(torch.is_grad_enabled() and with_entropy):
-        finite = logits if banned is None else logits.masked_fill(banned, 0.0)
-        probs = (logits - normaliser[:, None]).exp()
-        entropy = normaliser - (probs * finite).sum(-1)
+        every = logits - normaliser[:, None]
+        finite = every if banned is None else every.masked_fill(banned, 0.0)
+        entropy = -(every.exp() * finite).sum(-1)
     return log_probs, entropy
 
 

@@ -210,4 +210,4 @@ def load_policy(
     policy = Policy(hf, banned_ids(path, tokenizer, hf.config.text_config.vocab_size))
     if checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return policy.eval()  # transformers checkpoints only in train mode
+    return policy.train(checkpointing)  # transformers checkpoints only in train mode

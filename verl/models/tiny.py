@@ -27,7 +27,8 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class TinySize:
-    """Sizes of the tiny model. `head_dim` = hidden / heads must be a multiple of 8 (M-RoPE sections 1:1.5:1.5)."""
+    """Sizes of the tiny model: hidden / heads must be a multiple of 8 (M-RoPE sections 1:1.5:1.5) and
+    vision_hidden / vision_heads of 4 (row and column angles), or it is a ValueError."""
 
     hidden: int = 128
     layers: int = 4
@@ -40,6 +41,14 @@ class TinySize:
     vision_mlp: int = 256
     max_vocabulary: int = 512
     context: int = 4096
+
+    def __post_init__(self) -> None:
+        for name, width, heads, unit in (
+            ("hidden", self.hidden, self.heads, 8),
+            ("vision_hidden", self.vision_hidden, self.vision_heads, 4),
+        ):
+            if width % (heads * unit):
+                raise ValueError(f"{name}={width} must be a multiple of {heads * unit} ({heads} heads of {unit} k)")
 
 
 def train_tokenizer(texts: Sequence[str], max_vocabulary: int) -> PreTrainedTokenizerFast:

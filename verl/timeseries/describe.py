@@ -55,7 +55,6 @@ STRENGTH: Scale = (
     (0.03, 0.08, 0.16, 0.35, 0.65),
     ("absent", "faint", "weak", "moderate", "strong", "very strong"),
 )
-SHORT_RHYTHM: Scale = ((0.3, 0.55), ("irregular", "partly regular", "regular"))
 SHORT_PACE: Scale = ((4, 8, 12), ("slow", "medium", "fast", "very fast"))
 SHORT_STEPS: Scale = ((0.15, 0.35, 0.6), ("smooth", "uneven", "sharp", "sudden"))
 SHORT_HIGH: Scale = ((0.15, 0.4, 0.6, 0.85), ("low", "rather low", "balanced", "rather high", "high"))
@@ -176,20 +175,16 @@ def _short(series: Series, task: TaskSpec) -> str:
     m = measure(series[widest])
     panels = [panel for panel in task.plot.panels_for(task.channels) if panel.limits is not None]
     if panels:
-        strengths = [f"{panel.name} is {_strength(series[list(panel.channels)], panel)}" for panel in panels]
-        lead = " and ".join(strengths).capitalize()
+        lead = ", ".join(f"{panel.name} {_strength(series[list(panel.channels)], panel)}" for panel in panels)
     else:
-        parts = "part" if len(m.high_runs) == 1 else "parts"
-        lead = f"Mostly {_word(m.high, *SHORT_HIGH)} and {_word(m.trend, *SHORT_TREND)}, "
-        lead += f"{_count(len(m.high_runs))} high {parts}, top in {PLACES[m.peak]}"
-    rhythm = f"{_word(m.rhythm, *SHORT_RHYTHM)} and {_word(m.cycles, *SHORT_PACE)}"
-    return f"{lead}. Rhythm {rhythm}, steps {_word(m.jump, *SHORT_STEPS)}."
+        lead = f"mostly {_word(m.high, *SHORT_HIGH)}, {_word(m.trend, *SHORT_TREND)}, top in {PLACES[m.peak]}"
+    return f"{lead}, pace {_word(m.cycles, *SHORT_PACE)}, steps {_word(m.jump, *SHORT_STEPS)}".capitalize()
 
 
 def describe(series: Series, task: TaskSpec) -> str:
     """Reasoning text about a series (channels, length), in the task's description style.
 
-    Full: six sentences on change, level, phases, steps and trend, highest value, rhythm. Short: two, 12 to 20 words.
+    Full: six sentences on change, level, phases, steps and trend, highest value, rhythm. Short: one of 8 to 14 words, for models of a few million parameters.
     Raises ValueError when the series does not have the task's channels.
     """
     if series.ndim != 2 or series.shape[0] != task.channels:

@@ -8,17 +8,17 @@ import sys
 import traceback
 
 from verl.config import load
+from verl.config.cli import overrides_from
 
 
 def main(overrides: list[str] | None = None) -> int:
     """Exit code 0, 2 for a mistake in the config or data, 1 for anything else."""
-    arguments = sys.argv[1:] if overrides is None else overrides
-    if any(a in ("-h", "--help") for a in arguments):
-        print(__doc__ + "\nEvery key with its default: verl/trainer/config/ppo_trainer.yaml")
-        return 0
     level = os.environ.get("VERL_PPO_LOGGING_LEVEL", "WARN")
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
+        arguments = overrides_from("ppo_trainer", sys.argv[1:] if overrides is None else overrides)
+        if arguments is None:
+            return 0
         config = load("ppo_trainer", arguments)
         # Imported late: a mistake in the config is answered in a second, before torch and ray are loaded.
         from verl.trainer.ray_trainer import Trainer

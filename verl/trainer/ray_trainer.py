@@ -43,13 +43,14 @@ class Trainer:
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
-        self.run_dir = Path(config.trainer.default_local_dir)
+        root = Path(config.trainer.default_local_dir)
+        self.run_dir = root / "eval" if config.trainer.val_only else root
         self.data: RunData = load_run_data(config)
         self.scorer = Scorer(build_reward_manager(config), self.data.tokenizer)
         for dataset in (self.data.train, self.data.validation, self.data.test):
             self.scorer.manager.check_prompts(dataset or ())
         self.checkpoints = CheckpointManager(
-            self.run_dir,
+            root,
             keep=config.trainer.max_actor_ckpt_to_keep,
             keep_best=(config.trainer.best_metric or ACCURACY) if config.trainer.keep_best else None,
         )
@@ -147,6 +148,8 @@ class Trainer:
             self._sync()
         metrics = self._validate()
         self.tracker.log(self.step, metrics)
+        print(f"validation: accuracy {metrics[ACCURACY]:.4f} with the weights of {self.weights_from}; "
+              f"reports in {self.run_dir / 'reports'}", flush=True)  # fmt: skip
         return metrics
 
     def _report_test(self) -> dict[str, float]:

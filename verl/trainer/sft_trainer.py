@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer
 
 from verl.algorithms.aggregation import token_weights
 from verl.config import SFTConfig, load, to_dict, to_yaml
+from verl.config.cli import overrides_from
 from verl.config.derived import sft_model, sft_optim
 from verl.models.policy import check_model_folder, load_policy, stop_ids
 from verl.packing.balance import plan_mini_batch
@@ -34,7 +36,14 @@ from verl.utils.checkpoint.manager import Checkpoint, CheckpointManager
 from verl.utils.dataset.images import ImageSpec
 from verl.utils.dataset.patches import open_patches
 from verl.utils.dataset.prompts import Truncation
-from verl.utils.dataset.rl_dataset import DatasetOptions, SFTDataset, SFTExample, load_sft_dataset
+from verl.utils.dataset.rl_dataset import (
+    DatasetOptions,
+    RLDataset,
+    SFTDataset,
+    SFTExample,
+    load_rl_dataset,
+    load_sft_dataset,
+)
 from verl.utils.dataset.rows import Columns
 from verl.utils.dataset.sampler import Sampler
 from verl.utils.timing import Phases
@@ -57,8 +66,22 @@ from verl.workers.runtime import (
 log = logging.getLogger(__name__)
 
 
-def load_sft_data(config: SFTConfig, tokenizer: Any, folder: Path) -> tuple[SFTDataset, SFTDataset]:
-    """Training and validation rows. Raises ValueError naming file and row, or the key to change."""
+@dataclass(frozen=True)
+class SFTData:
+    """Everything read from disk."""
+
+    train: SFTDataset
+    validation: SFTDataset
+    test: RLDataset | None
+
+    @property
+    def stores(self) -> list[Path]:
+        sets = (self.train, self.validation, self.test)
+        return [s.images.path for s in sets if s is not None and s.images is not None]
+
+
+def load_sft_data(config: SFTConfig, tokenizer: Any, folder: Path) -> SFTData:
+    """Raises ValueError naming file and row, or the key to change."""
     data = config.data
     options = DatasetOptions(
         max_prompt_length=data.max_prompt_length,
@@ -69,7 +92,12 @@ def load_sft_data(config: SFTConfig, tokenizer: Any, folder: Path) -> tuple[SFTD
         cache_dir=None if data.image_cache_dir is None else Path(data.image_cache_dir),
     )
     spec = ImageSpec.from_pretrained(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
-    return tuple(load_sft_dataset(files, tokenizer, spec, options) for files in (data.train_files, data.val_files))
+    prompts_only = replace(options, columns=replace(options.columns, response=None))
+    return SFTData(
+        train=load_sft_dataset(data.train_files, tokenizer, spec, options),
+        validation=load_sft_dataset(data.val_files, tokenizer, spec, options),
+        test=None if data.test_files is None else load_rl_dataset(data.test_files, tokenizer, spec, prompts_only),
+    )
 
 
 def to_groups(examples: Sequence[SFTExample]) -> list[TrainGroup]:
@@ -91,9 +119,9 @@ class SFTTrainer:
         import_external(config.model.external_lib)
         self.folder = check_model_folder(config.model.partial_pretrain)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=config.model.trust_remote_code)
-        self.train, self.validation = load_sft_data(config, self.tokenizer, self.folder)
+        self.data = load_sft_data(config, self.tokenizer, self.folder)
         data, trainer = config.data, config.trainer
-        self.sampler = Sampler(len(self.train), seed=data.seed, shuffle=data.shuffle, drop_last=False)
+        self.sampler = Sampler(len(self.data.train), seed=data.seed, shuffle=data.shuffle, drop_last=False)
         self.steps_per_epoch = self.sampler.batches_per_epoch(data.train_batch_size)
         self.total_steps = trainer.total_training_steps or trainer.total_epochs * self.steps_per_epoch
         self.budget = data.micro_batch_size_per_gpu * data.max_length
@@ -105,8 +133,7 @@ class SFTTrainer:
 
     def _build_engines(self) -> None:
         config = self.config
-        stores = [d.images.path for d in (self.train, self.validation) if d.images is not None]
-        patches = open_patches(stores, ImageSpec.from_pretrained(self.folder))
+        patches = open_patches(self.data.stores, ImageSpec.from_pretrained(self.folder))
         policy = build_policy(
             self.folder,
             self.tokenizer,
@@ -151,13 +178,13 @@ class SFTTrainer:
             self._log(metrics)
             if late or reached:
                 break
-        return metrics
+        return metrics | self._report_test()
 
     def _step(self) -> dict[str, float]:
         phase = Phases()
         with phase("step"):
             rows = self.sampler.next_batch(self.config.data.train_batch_size)
-            groups = to_groups([self.train[int(i)] for i in rows])
+            groups = to_groups([self.data.train[int(i)] for i in rows])
             plan = plan_mini_batch(
                 groups, ranks=self.world, token_budget=self.budget, patch_weight=PATCH_WEIGHT, balanced=True
             )
@@ -182,10 +209,20 @@ class SFTTrainer:
         return limit is not None and result.parse_failure < limit
 
     def _validate(self) -> ValidationResult:
-        """Answers are drawn on all ranks and scored on each, so that all take the same decisions."""
+        return self._score([e.prompt for e in self.data.validation], f"val_step_{self.step}")
+
+    def _report_test(self) -> dict[str, float]:
+        """Score the test rows once, with the final weights."""
+        if self.data.test is None:
+            return {}
+        result = self._score(self.data.test.prompts, "test")
+        metrics = {name.replace("val", "test", 1): value for name, value in result.metrics.items()}
+        self._log(metrics | {"test/accuracy": result.accuracy})
+        return metrics
+
+    def _sampling(self) -> Sampling:
         rollout, data = self.config.rollout, self.config.data
-        self.generator.load_weights(full_parameters(self.engine.policy))
-        sampling = Sampling(
+        return Sampling(
             n=rollout.n,
             temperature=rollout.temperature,
             top_k=rollout.top_k,
@@ -197,18 +234,22 @@ class SFTTrainer:
             seed=rollout.seed,
         )
 
+    def _score(self, prompts: Sequence[Prompt], name: str) -> ValidationResult:
+        """Answers are drawn on all ranks and scored on each, so that all take the same decisions."""
+        self.generator.load_weights(full_parameters(self.engine.policy))
+
         def generate(prompts: Sequence[Prompt]) -> list[list[Response]]:
             shares = np.array_split(np.arange(len(prompts)), self.world)
-            mine = self.generator.generate([prompts[i] for i in shares[self.rank]], sampling, step=self.step)
+            mine = self.generator.generate([prompts[i] for i in shares[self.rank]], self._sampling(), step=0)
             return [answers for part in all_gather_objects(mine) for answers in part]
 
-        result = validate([e.prompt for e in self.validation], generate, self.scorer, data.val_batch_size)
+        result = validate(prompts, generate, self.scorer, self.config.data.val_batch_size)
         if self.rank == 0:
-            result.write(self.run_dir / "reports" / f"val_step_{self.step}.json", step=self.step)
-            self.scorer.write_samples(self.run_dir / "samples" / f"val_step_{self.step:06d}.jsonl", result.groups)
+            result.write(self.run_dir / "reports" / f"{name}.json", step=self.step)
+            self.scorer.write_samples(self.run_dir / "samples" / f"{name}.jsonl", result.groups)
             folder = self.config.trainer.validation_data_dir
             if folder is not None:
-                self.scorer.write_samples(Path(folder) / f"val_step_{self.step:06d}.jsonl", result.groups)
+                self.scorer.write_samples(Path(folder) / f"{name}.jsonl", result.groups)
             shown = result.groups[: self.config.trainer.log_val_generations]
             self.tracker.log_samples(self.step, self.scorer.tracker_samples(shown))
         return result
@@ -232,15 +273,14 @@ class SFTTrainer:
                 total_steps=self.total_steps,
                 resume_step=self.step,
             )
-            print(
-                f"sft: {len(self.train)} rows, {self.steps_per_epoch} steps an epoch, at most {self.total_steps} steps, "
-                f"{self.world} rank(s) on {self.device}; {parameter_table(list(self.engine.policy.named_parameters()))}",
-                flush=True,
-            )
+            parameters = parameter_table(list(self.engine.policy.named_parameters()))
+            length = f"{self.steps_per_epoch} steps an epoch, at most {self.total_steps} steps"
+            print(f"sft: {len(self.data.train)} rows, {length}, {self.world} rank(s) on {self.device}", flush=True)
+            print(f"sft: {parameters}", flush=True)
 
     def _identity(self) -> dict[str, str]:
         path = str(Path(self.config.model.partial_pretrain).resolve())
-        return {"model.partial_pretrain": path, "data.train_files (digest)": self.train.digest}
+        return {"model.partial_pretrain": path, "data.train_files (digest)": self.data.train.digest}
 
     def _save(self, metrics: dict[str, float]) -> None:
         dtype = compute_dtype(self.config.rollout.dtype, self.device)
@@ -286,13 +326,12 @@ class SFTTrainer:
 
 def main(overrides: list[str] | None = None) -> int:
     """Exit code 0, 2 for a mistake in the config or data, 1 for anything else."""
-    arguments = sys.argv[1:] if overrides is None else overrides
-    if any(a in ("-h", "--help") for a in arguments):
-        print(__doc__ + "\nEvery key with its default: verl/trainer/config/sft_trainer.yaml")
-        return 0
     level = os.environ.get("VERL_SFT_LOGGING_LEVEL", "WARN")
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
+        arguments = overrides_from("sft_trainer", sys.argv[1:] if overrides is None else overrides)
+        if arguments is None:
+            return 0
         config = load("sft_trainer", arguments)
         trainer = SFTTrainer(config)
     except ValueError as error:

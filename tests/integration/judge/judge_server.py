@@ -65,7 +65,7 @@ def completion(content: Any, *, finish_reason: str = "stop", tokens: int = 100) 
 
 def verdict(value: float = 0.6, **other: float) -> str:
     """A good verdict, as the text of a reply."""
-    return json.dumps({key: value for key in KEYS} | other)
+    return json.dumps(dict.fromkeys(KEYS, value) | other)
 
 
 def good(value: float = 0.6, delay_s: float = 0.0) -> Plan:
@@ -97,9 +97,16 @@ class JudgeServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._server.close)
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+
+    async def _stop(self) -> None:
+        self._server.close()
+        connections = asyncio.all_tasks() - {asyncio.current_task()}
+        for connection in connections:
+            connection.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
 
     @property
     def url(self) -> str:

@@ -8,6 +8,7 @@ import pickle
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from asking import ask, config, different, request
@@ -54,7 +55,7 @@ FAILURES = {
     "no choices": (Plan('{"choices": []}'), "malformed", 2),
     "null text": (Plan(completion(None)), "malformed", 2),
     "cut": (Plan(completion(verdict(), finish_reason="length")), "malformed", 2),
-    "missing key": (Plan(completion(json.dumps({k: 0.5 for k in KEYS[:3]}))), "malformed", 2),
+    "missing key": (Plan(completion(json.dumps(dict.fromkeys(KEYS[:3], 0.5)))), "malformed", 2),
     "surplus key": (Plan(completion(verdict(0.5, total=1.0))), "malformed", 2),
     "text for a number": (Plan(completion(verdict().replace("0.6", '"0.6"'))), "malformed", 2),
     "true for a number": (Plan(completion(verdict().replace("0.6", "true"))), "malformed", 2),
@@ -74,11 +75,11 @@ FAILURES = {
 def test_each_failure_has_its_kind_in_bounded_requests_and_time(server: JudgeServer, name: str) -> None:
     plan, kind, requests = FAILURES[name]
     server.plan = lambda _: plan
-    outcome = ask(config(server, attempt_timeout_s=0.2), [request()])
+    outcome = ask(config(server, attempt_timeout_s=0.6), [request()])
     assert isinstance(outcome.only, JudgeError)
     assert outcome.kinds == [kind]
     assert len(server.seen) == requests
-    assert outcome.seconds < 2
+    assert outcome.seconds < 4
     assert outcome.metrics[f"judge/failed/{kind}"] == 1
     assert outcome.metrics["judge/spent/calls"] == requests
 
@@ -99,7 +100,7 @@ def test_a_mixed_batch_counts_every_kind_and_loses_no_answer(server: JudgeServer
         return plans[number % len(plans)]
 
     server.plan = plan
-    outcome = ask(config(server, attempt_timeout_s=0.3, max_concurrent=64), different(60))
+    outcome = ask(config(server, attempt_timeout_s=1.0, timeout_s=10.0, max_concurrent=64), different(60))
     kinds = ["rate_limited", "server_error", "malformed", "out_of_range", "timeout", "ok"]
     assert outcome.kinds == kinds * 10
     assert {k: outcome.metrics[f"judge/failed/{k}"] for k in kinds[:-1]} == dict.fromkeys(kinds[:-1], 10)
@@ -185,18 +186,18 @@ def test_a_wrong_key_ends_the_asking_with_one_message(
 
 
 def test_the_key_is_in_no_message_log_or_file(
-    server: JudgeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: pytest.TempPathFactory
+    server: JudgeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     key = "sk-very-secret-123"
     monkeypatch.setenv("JUDGE_KEY", key)
     plans = [error(s, f"your key {key} failed") for s in (400, 404, 429, 500)] + [good()]
     server.plan = lambda seen: plans[seen.index % len(plans)]
     settings = config(server, api_key_env="JUDGE_KEY", max_retries=0, cache_path=f"{tmp_path}/judge.sqlite")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         outcomes = [ask(settings, [r]) for r in different(8)]
     assert any(not isinstance(o.only, Verdict) for o in outcomes) and any(isinstance(o.only, Verdict) for o in outcomes)
     texts = [repr(o.only) for o in outcomes] + [str(o.only) for o in outcomes] + [caplog.text, repr(settings)]
-    files = [path.read_bytes() for path in tmp_path.iterdir()]  # type: ignore[attr-defined]
+    files = [path.read_bytes() for path in tmp_path.iterdir()]
     assert files and not any(key in text for text in texts) and not any(key.encode() in data for data in files)
 
 

@@ -14,7 +14,7 @@ def most_in_window(times: list[float], window_s: float) -> int:
 
 @pytest.mark.parametrize("limit", [1, 3, 16])
 def test_never_more_requests_in_flight_than_allowed(server: JudgeServer, limit: int) -> None:
-    server.plan = lambda seen: error(500) if seen.index % 5 == 0 else good(delay_s=0.02)
+    server.plan = lambda seen: error(500) if seen.index % 5 == 0 else good(delay_s=0.1)
     outcome = ask(config(server, max_concurrent=limit, max_retries=6), different(48))
     assert outcome.kinds == ["ok"] * 48
     assert server.most_in_flight <= limit
@@ -23,20 +23,20 @@ def test_never_more_requests_in_flight_than_allowed(server: JudgeServer, limit: 
 
 def test_never_more_requests_in_a_window_than_allowed(server: JudgeServer) -> None:
     server.plan = lambda seen: error(500) if seen.index % 7 == 0 else good()
-    outcome = ask(config(server, max_rpm=10, max_retries=6), different(25), window_s=0.5)
+    outcome = ask(config(server, max_rpm=10, max_retries=6), different(25), window_s=1.0)
     assert outcome.kinds == ["ok"] * 25
     times = [seen.at for seen in server.seen]
-    # 30 ms for the way to the server, which may differ from request to request.
-    assert most_in_window(times, 0.5 - 0.03) <= 10
-    assert outcome.seconds < 0.5 * (len(times) / 10 + 1)
+    # 0.2 s for the way to the server, which differs from request to request on a busy machine.
+    assert most_in_window(times, 1.0 - 0.2) <= 10
+    assert outcome.seconds < len(times) / 10 + 1
 
 
 def test_never_more_tokens_in_a_window_than_allowed(server: JudgeServer) -> None:
     # The server reports 100 tokens for each; what was expected beforehand is more, and is corrected.
-    outcome = ask(config(server, max_tpm=3000, max_concurrent=1), different(60), window_s=0.5)
+    outcome = ask(config(server, max_tpm=3000, max_concurrent=1), different(60), window_s=1.0)
     assert outcome.kinds == ["ok"] * 60
-    assert most_in_window([seen.at for seen in server.seen], 0.5 - 0.03) <= 30
-    assert outcome.seconds < 2.5
+    assert most_in_window([seen.at for seen in server.seen], 1.0 - 0.2) <= 30
+    assert outcome.seconds < 5
 
 
 def test_identical_answers_are_asked_for_once(server: JudgeServer) -> None:

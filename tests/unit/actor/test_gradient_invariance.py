@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import engine_ranks as ranks
 import pytest
 import torch
-import torch.distributed as dist
 from model_fixtures import assert_gradients_close, on_ranks, open_policy
 from torch import Tensor
 
@@ -20,14 +18,6 @@ TOLERANCE = 2e-6
 @pytest.fixture(scope="module")
 def expected(tiny_folder: Path) -> dict[str, Tensor]:
     return ranks.expected(open_policy(tiny_folder))
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def without_tower(found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -43,9 +43,7 @@ def indices(groups: list[TrainGroup]) -> list[int]:
 @settings(max_examples=150)
 def test_every_sample_appears_exactly_once_and_a_group_stays_on_one_rank(shapes, ranks, budget, balanced) -> None:
     groups = make_groups(shapes)
-    plan = plan_mini_batch(
-        groups, ranks=ranks, token_budget=budget, patch_weight=PATCH_WEIGHT, balanced=balanced
-    )
+    plan = plan_mini_batch(groups, ranks=ranks, token_budget=budget, patch_weight=PATCH_WEIGHT, balanced=balanced)
     assert Counter(i for rank in plan for micro in rank for i in indices(micro)) == Counter(indices(groups))
     owners: dict[str, set[int]] = {}
     for rank, micro_batches in enumerate(plan):
@@ -109,8 +107,7 @@ def test_unbalanced_plans_share_out_by_count() -> None:
     groups = make_groups([(100, 0, [100]), (1, 0, [1]), (1, 0, [1]), (1, 0, [1])])
     counts = {
         balanced: [
-            sum(len(m) for m in rank)
-            for rank in plan_mini_batch(groups, ranks=2, token_budget=1e9, balanced=balanced)
+            sum(len(m) for m in rank) for rank in plan_mini_batch(groups, ranks=2, token_budget=1e9, balanced=balanced)
         ]
         for balanced in (True, False)
     }

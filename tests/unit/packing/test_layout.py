@@ -118,7 +118,7 @@ def test_a_prefill_has_prompts_only() -> None:
 
 @pytest.mark.parametrize("groups", [[], [group(prompt("p", 2), [])]])
 def test_nothing_to_pack_is_refused(groups: list[TrainGroup]) -> None:
-    with pytest.raises(AssertionError, match="empty|without tokens"):
+    with pytest.raises(AssertionError, match=r"empty|without tokens"):
         packed(*groups)
 
 

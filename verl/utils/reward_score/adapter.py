@@ -15,6 +15,7 @@ Invariants
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import enum
 import inspect
@@ -243,7 +244,9 @@ async def _in_daemon_thread(call: Callable[[], Any]) -> Any:
         except BaseException as error:
             # A future refuses StopIteration, and a SystemExit would end the event loop.
             caught = error if isinstance(error, Exception) and not isinstance(error, StopIteration) else _wrapped(error)
-        loop.call_soon_threadsafe(settle, value, caught)
+        # A call that outlived its limit may end after the loop has closed.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, value, caught)
 
     threading.Thread(target=work, name="reward-call", daemon=True).start()
     return await future

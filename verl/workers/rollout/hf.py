@@ -25,7 +25,7 @@ from verl.workers.rollout.base import Sampling, sampling_noise
 
 
 class HFEngine:
-    """See the module docstring. `batch_size` bounds the sequences decoded together."""
+    """See the module docstring. `batch_size` bounds the sequences decoded together, or n where that is more."""
 
     def __init__(self, policy: Policy, patches: PatchSource, *, stop_ids: Sequence[int], batch_size: int) -> None:
         self.policy = policy
@@ -36,6 +36,7 @@ class HFEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         own = dict(self.policy.hf.named_parameters())
         for name, value in weights:
+            assert own[name].shape == value.shape, f"{name}: {tuple(own[name].shape)} here, got {tuple(value.shape)}"
             own[name].data.copy_(value)
 
     @torch.inference_mode()

@@ -42,10 +42,25 @@ class ChatClient:
         self._config = config
         self._client: openai.AsyncOpenAI | None = None
 
+    def open(self) -> None:
+        """Import the library and read the key, once; takes about a second. Raises JudgeError (auth) without a key."""
+        if self._client is None:
+            import openai
+
+            key = self._read_key()
+            client = openai.AsyncOpenAI(
+                api_key=key, base_url=self._config.base_url, max_retries=0, timeout=self._config.attempt_timeout_s
+            )
+            _ = client.chat.completions.with_raw_response  # imported on first use
+            self._client = client
+
     async def ask(self, messages: Sequence[Mapping[str, str]], response_format: Mapping[str, Any] | None) -> Reply:
         """One request, within `attempt_timeout_s`. Raises JudgeError."""
-        client = self._connect()
+        self.open()
         import openai
+
+        client = self._client
+        assert client is not None
 
         config = self._config
         optional: dict[str, Any] = {} if config.temperature is None else {"temperature": config.temperature}
@@ -79,16 +94,6 @@ class ChatClient:
         """Close the connections."""
         if self._client is not None:
             await self._client.close()
-
-    def _connect(self) -> openai.AsyncOpenAI:
-        if self._client is None:
-            import openai
-
-            key = self._read_key()
-            self._client = openai.AsyncOpenAI(
-                api_key=key, base_url=self._config.base_url, max_retries=0, timeout=self._config.attempt_timeout_s
-            )
-        return self._client
 
     def _read_key(self) -> str:
         name = self._config.api_key_env

@@ -167,6 +167,12 @@ class LLMJudge:
 
     async def _queue_and_ask(self, request: JudgeRequest, shown: str) -> dict[str, float]:
         self._check_open()
+        try:
+            # Before any grant, so that no time passes between a grant and its request.
+            self._client.open()
+        except JudgeError as error:
+            self._final = error
+            raise
         # Every \u escape and every word is more than one character; three to a token errs on the large side for text.
         chars = sum(len(message["content"]) for message in build_messages(request.rubric, shown))
         ask = _Ask(request, shown, chars // 3 + self.config.max_answer_tokens)
