@@ -75,14 +75,14 @@ _tm_progress() { # pip's output -> a line for every 10 packages and for every la
         ((count % 10)) || _tm_say "  $count packages found, the last one $name"
         ;;
       *Downloading*\(*[0-9][0-9][0-9].[0-9]\ MB\) | *Downloading*\ GB\)) _tm_say " ${line%% (from *}" ;;
-      Installing\ collected*) _tm_say "  unpacking $count packages (as long again)" ;;
+      Installing\ collected*) ((count < 10)) || _tm_say "  unpacking $count packages" ;;
     esac
   done
 }
 
 _tm_install() { # pip arguments; pip's whole output goes to setup.log
   local log="$_tm_venv/setup.log"
-  if ! "$_tm_venv/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" 2>&1 |
+  if ! "$_tm_venv/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off --no-compile "$@" 2>&1 |
     tee -a "$log" | _tm_progress; then
     tail -n 25 "$log" >&2
     _tm_die "pip failed; its whole output is in $log. Run this again to try once more."
@@ -90,7 +90,7 @@ _tm_install() { # pip arguments; pip's whole output goes to setup.log
 }
 
 _tm_hash() { # stack mode
-  local files=("$_tm_root"/{setup.py,pyproject.toml,requirements_timemaster.txt,scripts/setup_venv.sh}
+  local files=("$_tm_root"/{setup.py,requirements_timemaster.txt}
     "$_tm_root/requirements/$1.txt")
   [[ "$2" == run ]] || files+=("$_tm_root/requirements/dev.txt")
   cat "${files[@]}" | "$_tm_venv/bin/python" -c \
@@ -109,6 +109,9 @@ _tm_install_all() { # stack mode
   _tm_say "installing the $1 stack ($2) into $_tm_venv, a few minutes the first time"
   _tm_install "${pins[@]}"
   _tm_install --no-deps --no-build-isolation --editable "$_tm_root"
+  # On all cores, which pip does not do. Not every file compiles: some hold the syntax of newer pythons.
+  _tm_say "  compiling"
+  "$_tm_venv/bin/python" -m compileall -qq -j 0 -x '/tests?/' "$_tm_venv"/lib/python3*/site-packages >/dev/null || true
   _tm_say "done after $((SECONDS - start)) s"
 }
 

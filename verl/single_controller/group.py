@@ -27,6 +27,15 @@ class UserError(WorkerError, ValueError):
     """A worker refused something that the user can fix."""
 
 
+def unwrap(value: Any) -> Any:
+    """A worker's result. Raises the error that a `WorkerFailure` stands for."""
+    if not isinstance(value, WorkerFailure):
+        return value
+    where = f"{value.group} rank {value.rank}, phase {value.phase!r}"
+    kind = UserError if value.user_error else WorkerError
+    raise kind(f"{where}: {value.error}\n{value.trace}")
+
+
 class WorkerGroup:
     """Equal workers of one kind, rank i on bundle i of a placement group.
 
@@ -111,12 +120,7 @@ class WorkerGroup:
             raise WorkerError(f"{self.name} rank {rank} died during {phase!r}: {error}") from error
         except RayError as error:
             raise WorkerError(f"{self.name} rank {rank}, phase {phase!r}: {error}") from error
-        if isinstance(value, WorkerFailure):
-            where = f"{value.group} rank {value.rank}, phase {value.phase!r}"
-            if value.user_error:
-                raise UserError(f"{where}: {value.error}\n{value.trace}")
-            raise WorkerError(f"{where}: {value.error}\n{value.trace}")
-        return value
+        return unwrap(value)
 
     def kill(self) -> None:
         """End the processes of this group."""

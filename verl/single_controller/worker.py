@@ -34,6 +34,10 @@ class WorkerShell:
 
         torch.set_num_threads(threads)
 
+    def __repr__(self) -> str:
+        """Shown by Ray before every line that this process logs."""
+        return f"{self.group} rank {self.rank}"
+
     def address(self) -> tuple[str, int]:
         """This node's address and a port that was free a moment ago, for the rendezvous of torch.distributed."""
         import ray

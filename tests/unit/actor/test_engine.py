@@ -12,8 +12,9 @@ import pytest
 import torch
 from model_fixtures import open_policy, patch_source
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from verl.models.policy import Policy
+from verl.models.policy import Policy, load_policy
 from verl.packing.columns import columns
 from verl.protocol import TrainGroup
 from verl.workers.actor.engine import PackedRunner, TrainEngine, filler_group, full_parameters, shard
@@ -199,6 +200,22 @@ def test_log_probs_do_not_depend_on_the_cut_and_the_filler_has_none(policy: Poli
         for index, values in expected.items():
             assert values.dtype == np.float32
             np.testing.assert_allclose(found[index], values, rtol=0, atol=1e-5)
+
+
+def test_a_sharded_bf16_forward_is_bit_equal_to_the_samplers(tiny_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    plain = load_policy(tiny_folder, tokenizer, dtype=torch.bfloat16)
+    half = dataclasses.replace(ranks.FP32, param_dtype=torch.bfloat16)
+    sharded = shard(open_policy(tiny_folder), build_mesh("cpu", -1), half)
+    groups = ranks.mini_batch(plain)
+    one, other = (
+        PackedRunner(policy, patch_source(), torch.device("cpu"), ranks.TEMPERATURE).log_probs([groups])
+        for policy in (plain, sharded)
+    )
+    assert {i: v.tolist() for i, v in one.items()} == {i: v.tolist() for i, v in other.items()}
+    run = TrainEngine(PackedRunner(sharded, patch_source(), torch.device("cpu"), ranks.TEMPERATURE), ranks.SPEC)
+    assert step(run, groups)["skipped"] == 0.0
+    assert all(p.dtype == torch.float32 for p in sharded.parameters()), "master weights stay fp32"
 
 
 def test_the_filler_weighs_nothing_and_draws_an_allowed_id(policy: Policy) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_fixtures import ODD, SMALL, WIDE, WINDOW, Maker, image_patches, open_policy, write_tiny
+from model_fixtures import ODD, SMALL, WIDE, WINDOW, Maker, image_patches, open_policy, rounded, write_tiny
 from padded_reference import PaddedReference
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -296,7 +296,7 @@ def test_loaded_weights_decide_the_next_answers(
     run = engine(policy, patches)
     before = ids(run.generate(prompts, SAMPLING, step=0))
     run.load_weights((name, value.detach().bfloat16()) for name, value in other.hf.named_parameters())
-    other.to(torch.bfloat16).float()
+    rounded(other)
     after = ids(run.generate(prompts, SAMPLING, step=0))
     assert before != after == ids(engine(other, patches).generate(prompts, SAMPLING, step=0))
 

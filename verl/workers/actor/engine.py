@@ -43,7 +43,10 @@ def shard(policy: Policy, mesh: DeviceMesh, spec: ShardSpec) -> Policy:
     """Apply FSDP2 to every transformer block and to the root, in place."""
     options = {
         "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=spec.param_dtype, reduce_dtype=spec.reduce_dtype),
+        # Inputs have the computing dtype, except the tower's angles, which the sampler's forward keeps in fp32 too.
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=spec.param_dtype, reduce_dtype=spec.reduce_dtype, cast_forward_inputs=False
+        ),
         "offload_policy": CPUOffloadPolicy() if spec.offload else OffloadPolicy(),
         "reshard_after_forward": spec.reshard_after_forward,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ def write_tiny(folder: Path, *, sharpness: float = 4.0, seed: int = 0) -> Path:
 
 def open_policy(folder: Path, **kwargs: Any) -> Policy:
     return load_policy(folder, AutoTokenizer.from_pretrained(folder), dtype=torch.float32, **kwargs)
+
+
+def rounded(policy: Policy) -> Policy:
+    """The policy with fp32 parameters that bf16 holds exactly; buffers such as rotary frequencies stay as they are."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return policy
 
 
 def key_of(grid: tuple[int, int, int], number: int) -> str:
@@ -151,7 +160,8 @@ def assert_gradients_close(found: dict[str, Tensor], expected: dict[str, Tensor]
 def _entry(rank: int, run: Callable[..., None], world: int, port: int, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    # Ranks that disagree on their collectives fail soon instead of waiting for each other.
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     try:
         run(rank, world, *args)
     finally:
