@@ -39,7 +39,10 @@ _SAMPLED_GROUPS = 4  # groups written to the run folder each step
 
 
 class Trainer:
-    """GRPO from a config. `fit` trains (or only validates, with `trainer.val_only`)."""
+    """GRPO from a config. `fit` trains (or only validates, with `trainer.val_only`).
+
+    Making one reads the data and checks what a run can be refused for, before anything is started or written.
+    """
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
@@ -58,6 +61,12 @@ class Trainer:
         self.kl_control = AdaptiveKL.of(config.algorithm.kl_ctrl)
         self.weights_from = config.actor_rollout_ref.model.path
         self.step = 0
+        self.checkpoint = self._find_checkpoint()
+        if self.data.train is not None:
+            self.plan = batch_plan(config, len(self.data.train))
+            self.sampler = Sampler(len(self.data.train), seed=config.data.seed, shuffle=config.data.shuffle)
+            if self.checkpoint is not None:
+                self._check_same_run(self.checkpoint)
         self.workers: Workers
         self.tracker: Tracker
 
@@ -104,23 +113,26 @@ class Trainer:
     # --- start and end -------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        config = self.config
+        config, checkpoint = self.config, self.checkpoint
         assert self.data.train is not None
-        self.plan = batch_plan(config, len(self.data.train))
         print(render_table(resolved_table(config, len(self.data.train), len(self.data.validation))), flush=True)
-        self.sampler = Sampler(len(self.data.train), seed=config.data.seed, shuffle=config.data.shuffle)
         self.sampling = self._sampling(validation=False)
         self.norm_by_std = config.algorithm.norm_adv_by_std_in_grpo
-        checkpoint = self.checkpoints.find(config.trainer.resume_mode, config.trainer.resume_from_path)
-        if checkpoint is not None:
-            self._check_same_run(checkpoint)
         self._open_run(checkpoint.step if checkpoint else 0)
+        self.checkpoints.forget_best_after(checkpoint.step if checkpoint else 0)
         self.workers = start_workers(config, self.data.stores, self.plan.optimizer_steps)
         print(f"actor: {self.workers.actors.describe()}; rollout: {config.actor_rollout_ref.rollout.name} on "
               f"{self.workers.device}; weights from {self.weights_from}", flush=True)  # fmt: skip
         if checkpoint is not None:
             self._resume(checkpoint)
         self._sync()
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """What the run starts from. An evaluation takes only a checkpoint that was named."""
+        trainer = self.config.trainer
+        if trainer.val_only and trainer.resume_mode == "auto":
+            return None
+        return self.checkpoints.find(trainer.resume_mode, trainer.resume_from_path)
 
     def _open_run(self, resume_step: int) -> None:
         config = self.config.trainer
@@ -138,8 +150,7 @@ class Trainer:
 
     def _evaluate_only(self) -> dict[str, float]:
         """Score the validation files with MODEL_PATH's weights, or those of an explicitly named checkpoint."""
-        mode = self.config.trainer.resume_mode
-        checkpoint = None if mode == "auto" else self.checkpoints.find(mode, self.config.trainer.resume_from_path)
+        checkpoint = self.checkpoint
         self._open_run(0)
         self.workers = start_workers(self.config, self.data.stores, 1, actors=checkpoint is not None)
         if checkpoint is not None:

@@ -58,7 +58,7 @@ def test_different_series_get_different_texts_from_a_small_vocabulary(name: str)
 
 
 @pytest.mark.parametrize(
-    ("name", "fewest", "most"), [("basic_motions", 12, 20), ("gun_point", 12, 20), ("ctu", 35, 60)]
+    ("name", "fewest", "most"), [("basic_motions", 8, 14), ("gun_point", 8, 14), ("ctu", 35, 60)]
 )
 def test_the_length_fits_the_style(name: str, fewest: int, most: int) -> None:
     task = get_task(name)

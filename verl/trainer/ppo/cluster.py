@@ -73,7 +73,12 @@ def start_workers(config: PPOConfig, stores: Sequence[Path], optimizer_steps: in
         if actors:
             workers.actors.build(config, resources, stores, optimizer_steps)
         workers.rollouts.build(config, stores)
+        print(f"workers: {'; '.join(f'{g.name} pid {_listed(g.pids())}' for g in workers.groups)}", flush=True)
     except BaseException:
         workers.close()
         raise
     return workers
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -197,6 +198,13 @@ class CheckpointManager:
         if checkpoint is not None:
             verify(checkpoint)
         return checkpoint
+
+    def forget_best_after(self, step: int) -> None:
+        """Set the best record aside when it is of a later step: a run that starts at `step` did not make it."""
+        record = self._best_record()
+        if record is not None and record["step"] > step:
+            logger.warning("%s is of step %s, later than this run's start: set aside", self.root / BEST, record["step"])
+            os.replace(self.root / BEST, self.root / f"{BEST}.old")
 
     def would_be_best(self, value: float) -> bool:
         """Whether a save with this value of the `keep_best` metric would become the best one."""

@@ -88,7 +88,8 @@ class ActorWorker:
         return build_runner(policy, self.patches, self.device, self.config.actor_rollout_ref.rollout.temperature)
 
     def describe(self) -> str:
-        return parameter_table(list(self.engine.policy.named_parameters()))
+        reference = "none" if self.reference is None else "a frozen copy"
+        return f"{parameter_table(list(self.engine.policy.named_parameters()))}; reference: {reference}"
 
     def log_probs(self, micro_batches: MicroBatches) -> dict[int, LogProbs]:
         """Log-probs of this rank's samples under the present weights, by sample index."""

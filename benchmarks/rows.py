@@ -1,0 +1,124 @@
+"""Result rows: every benchmark script writes `benchmarks/results/<script>.json` through this module.
+
+`python3 benchmarks/rows.py` prints all results as the markdown tables of the README; with `--write` it puts them there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+_PACKAGES = ("torch", "transformers", "ray", "vllm", "sktime", "matplotlib")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkRow:
+    """One measured value. `ratio` is value / value of the row `ratio_to`."""
+
+    row: str
+    workload: str
+    value: float
+    unit: str
+    parameters: int | None = None
+    samples: int | None = None
+    ratio: float | None = None
+    ratio_to: str | None = None
+    mode: str = ""
+    hardware: str = field(default_factory=lambda: hardware())
+    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+    commit: str = field(default_factory=lambda: commit())
+    command: str = field(default_factory=lambda: command())
+    date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+
+
+def hardware() -> str:
+    """E.g. `1x NVIDIA H200` or `2 CPU cores (x86_64)`."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name(0)}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """Short hash of HEAD, with `+` when the tree differs from it."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
+def command() -> str:
+    return "python3 " + shlex.join([str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
+
+
+def write(script: str, rows: Sequence[BenchmarkRow]) -> None:
+    """Write the rows as `benchmarks/results/<script>.json` and print them."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    content = [asdict(row) for row in rows]
+    (RESULTS / f"{script}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    print(table(content))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of one script as a markdown table, with what they share above it."""
+    shared = rows[0]
+    stack = ", ".join(f"{name} {version}" for name, version in shared["versions"].items())
+    lines = [
+        f"`{shared['command']}` on {shared['hardware']}, {stack} ({shared['date']}, {shared['commit']}):",
+        "",
+        "| row | workload | value | n | ratio | mode |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} x {row['ratio_to']}"
+        samples = "" if row["samples"] is None else str(row["samples"])
+        value = f"{row['value']:.4g} {row['unit']}"
+        lines.append(f"| {row['row']} | {row['workload']} | {value} | {samples} | {ratio} | {row['mode']} |")
+    return "\n".join(lines)
+
+
+_BEGIN, _END = "<!-- benchmarks: made by benchmarks/rows.py -->", "<!-- end of benchmarks -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="replace the tables between the marks in README.md")
+    args = parser.parse_args()
+    files = sorted(RESULTS.glob("*.json"))
+    text = "\n\n".join(f"**{file.stem}.** {table(json.loads(file.read_text()))}" for file in files)
+    if not args.write:
+        print(text)
+        return
+    readme = ROOT / "README.md"
+    head, rest = readme.read_text().split(_BEGIN)
+    _, tail = rest.split(_END)
+    readme.write_text(f"{head}{_BEGIN}\n{text}\n{_END}{tail}")
+
+
+if __name__ == "__main__":
+    main()
