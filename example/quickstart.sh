@@ -3,7 +3,7 @@
 # a supervised start, GRPO, and the test split scored once. Installs into .venv first. Settings from the environment:
 #   SEED=1          seed of model, data order and sampling
 #   RESPLIT=        empty: the archive's own split; a number: a stratified re-split with that seed
-#   RL_STEPS=60     GRPO steps
+#   RL_STEPS=80     GRPO steps
 #   RUN_DIR=        where models and reports go (default checkpoints/quickstart)
 #   CONTROLS=True   afterwards also: SFT for as long as GRPO took, and GRPO with its rewards dealt out at random
 # Further arguments are overrides of the GRPO run.
@@ -40,11 +40,13 @@ run_rl() { # folder, overrides
         actor_rollout_ref.actor.clip_ratio_high=0.28 actor_rollout_ref.actor.optim.lr=3e-4 \
         actor_rollout_ref.actor.optim.betas=[0.9,0.95] actor_rollout_ref.actor.optim.lr_warmup_steps=5 \
         actor_rollout_ref.actor.optim.warmup_style=cosine actor_rollout_ref.actor.optim.min_lr_ratio=0.05 \
+        actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0.3 \
+        actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=64 \
         actor_rollout_ref.rollout.name=hf actor_rollout_ref.rollout.hf_batch_size=256 \
         actor_rollout_ref.rollout.n=8 actor_rollout_ref.rollout.temperature=0.7 \
         actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64 \
         "${sampling[@]/#/actor_rollout_ref.rollout.val_kwargs.}" actor_rollout_ref.rollout.val_kwargs.n=4 \
-        reward.format=strict trainer.n_gpus_per_node=1 trainer.total_training_steps="${RL_STEPS:-60}" \
+        reward.format=strict trainer.n_gpus_per_node=1 trainer.total_training_steps="${RL_STEPS:-80}" \
         trainer.test_freq=20 trainer.save_freq=1000 trainer.keep_best=False trainer.logger="['console']" \
         trainer.resume_mode=disable trainer.seed="$seed" trainer.default_local_dir="$1" "${@:2}"
 }

@@ -33,7 +33,7 @@ def k2(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
 def k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     ratio = (ref_log_probs - log_probs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     # Clamped as in the GRPO practice of verl (+-10), which bounds one outlier token's share of the loss.
-    return (torch.exp(ratio) - 1.0 - ratio).clamp(-10.0, 10.0)
+    return (torch.expm1(ratio) - ratio).clamp(-10.0, 10.0)
 
 
 ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -67,6 +67,7 @@ class AdaptiveKL:
 
     def __init__(self, value: float, target: float | None, horizon: int | None) -> None:
         self.value, self.target, self.horizon = value, target, horizon
+        self.used = value
         self.last_kl = 0.0
 
     @classmethod
@@ -76,12 +77,12 @@ class AdaptiveKL:
 
     def observe(self, sums: Mapping[int, float], tokens: Mapping[int, LogProbs]) -> float:
         """The coefficient for this step; then adapt it to the step's mean KL a token."""
-        used = self.value
+        self.used = self.value
         self.last_kl = float(np.sum(list(sums.values())) / max(1, sum(len(t) for t in tokens.values())))
         if self.target is not None and self.horizon is not None:
             error = float(np.clip(self.last_kl / self.target - 1.0, -0.2, 0.2))
             self.value *= 1.0 + error * len(sums) / self.horizon
-        return used
+        return self.used
 
     def metrics(self) -> dict[str, float]:
-        return {"critic/kl": self.last_kl, "critic/kl_coeff": self.value}
+        return {"critic/kl": self.last_kl, "critic/kl_coeff": self.used}

@@ -5,6 +5,7 @@ Rules of training alone are skipped with `trainer.val_only=True`: an evaluation 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -129,6 +130,26 @@ def _sampling(config: PPOConfig) -> Problems:
     yield from _draw(f"{_ROLLOUT}.val_kwargs", rollout.val_kwargs)
     yield from _between(f"{_ROLLOUT}.gpu_memory_utilization", rollout.gpu_memory_utilization, 0.01, 1)
     yield from _scoring(config.reward)
+    yield from _judge(config)
+
+
+def _judge(config: PPOConfig) -> Problems:
+    judge, custom = config.reward.judge, config.custom_reward_function.path
+    yield from _positive(reward__num_workers=config.reward.num_workers)
+    if not judge.enable:
+        return
+    if custom is not None:
+        yield (
+            "reward.judge.enable=True has no effect on custom_reward_function.path: pass the judge's options in "
+            "custom_reward_function.reward_kwargs, or set reward.judge.enable=False"
+        )
+    if judge.api_key_env is not None and not os.environ.get(judge.api_key_env, "").strip():
+        # Somebody may have written the key itself here: only what looks like a name is shown.
+        shown = judge.api_key_env if re.fullmatch(r"[A-Z_][A-Z0-9_]{0,40}", judge.api_key_env) else "..."
+        yield (
+            f"reward.judge.api_key_env={shown}: there is no such environment variable; export the judge's key and give"
+            " the variable's name, or set null for a server without keys"
+        )
 
 
 def _draw(node: str, sampling: RolloutConfig | SamplingConfig | SFTRolloutConfig) -> Problems:

@@ -7,7 +7,10 @@ Invariants
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from verl.config.nodes import ActorConfig, ModelConfig, OptimConfig
 from verl.config.ppo import PPOConfig
@@ -151,3 +154,15 @@ def sft_model(config: SFTConfig) -> ModelConfig:
         enable_gradient_checkpointing=model.enable_gradient_checkpointing,
         use_remove_padding=True,
     )
+
+
+def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Keys whose values differ between two resolved configs, as `key: old -> new`; resume keys are left out."""
+    lines: list[str] = []
+    for name in sorted(old.keys() | new.keys()):
+        key, was, is_now = f"{prefix}{name}", old.get(name), new.get(name)
+        if isinstance(was, Mapping) and isinstance(is_now, Mapping):
+            lines += config_differences(was, is_now, f"{key}.")
+        elif not name.startswith("resume_") and json.dumps(was, default=str) != json.dumps(is_now, default=str):
+            lines.append(f"{key}: {was} -> {is_now}")
+    return lines

@@ -131,7 +131,10 @@ def _reward(config: PPOConfig) -> Inert:
         yield "custom_reward_function.name", "custom_reward_function.path is null"
         yield "custom_reward_function.reward_kwargs.", "custom_reward_function.path is null"
     else:
-        yield "reward.format", "custom_reward_function.path replaces the task's own reward"
+        for key in ("reward.format", "reward.parts."):
+            yield key, "custom_reward_function.path replaces the task's own reward"
+    if not config.reward.judge.enable:
+        yield "reward.judge.", "reward.judge.enable=False"
 
 
 def _advice_ppo(config: PPOConfig) -> Iterator[str]:

@@ -143,8 +143,11 @@ PPO_RULES: dict[str, Rule] = {
     # reward
     "reward.custom_reward_function.*": alias("custom_reward_function.*"),
     "reward.reward_manager.name": alias("reward_model.reward_manager"),
+    "reward.reward_manager.max_concurrent": alias("reward.judge.max_concurrent"),
+    "reward.reward_manager.max_rpm": alias("reward.judge.max_rpm"),
+    "reward.reward_manager.max_tpm": alias("reward.judge.max_tpm"),
+    "reward.reward_manager.timeout": alias("reward.timeout"),
     "reward.reward_manager.*": missing(None),
-    "reward.num_workers": missing(),
     # trainer and the rest
     "trainer.val_generations_to_log_to_wandb": alias("trainer.log_val_generations"),
     "trainer.remove_previous_ckpt_in_save": alias(

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from verl.config.judge import RewardJudgeConfig
+
 KLKind = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
 """Estimators of KL; kl = k1, mse = k2, low_var_kl = k3."""
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -63,7 +65,7 @@ class ModelConfig:
     external_lib: str | None
     """A python module imported before the model is built."""
     trust_remote_code: bool
-    """Run python code that comes with the model."""
+    """Run python code that comes with the tokenizer."""
     override_config: Mapping[str, Any]
     """Fields of the model's config.json to replace."""
     enable_gradient_checkpointing: bool
@@ -278,3 +280,8 @@ class RewardConfig(ScoringConfig):
 
     shuffle: bool
     """Permute the scores over the batch: the control experiment in which rewards teach nothing."""
+    num_workers: int | None
+    """Processes that score answers while others are still written; null: one per CPU core, at most 8."""
+    parts: Mapping[str, Any]
+    """Changes to the task's parts, and further ones, by name: kind, weight, when, and the options of the kind."""
+    judge: RewardJudgeConfig

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 MASK = "***"
-_SECRET_NAME = re.compile(r"(api|access|private)_?key|secret|passw|token$|credential|authorization", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"(api|access|private)_?key(?!_env$)|secret|passw|token$|credential|authorization", re.IGNORECASE
+)
 _SECRET_TEXT = re.compile(r"\b(sk-[\w-]{16,}|hf_\w{16,}|gh[pousr]_\w{16,}|AKIA\w{12,})")
 _URL_PASSWORD = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 _SHORTEST = 8  # a shorter value of the environment would also mask ordinary words

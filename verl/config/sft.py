@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from verl.config.nodes import CustomRewardConfig, Device, FSDPConfig, RolloutDtype, RolloutName, ScoringConfig
+from verl.config.nodes import CustomRewardConfig, Device, FSDPConfig, RolloutDtype, ScoringConfig
 from verl.config.ppo import LoggerName, Truncation
 
 Frequency = int | Literal["after_each_epoch"]
@@ -69,7 +69,7 @@ class SFTModelConfig:
     external_lib: str | None
     """A python module imported before the model is built."""
     trust_remote_code: bool
-    """Run python code that comes with the model."""
+    """Run python code that comes with the tokenizer."""
     override_config: Mapping[str, Any]
     """Fields of the model's config.json to replace."""
     enable_gradient_checkpointing: bool
@@ -103,8 +103,8 @@ class SFTOptimConfig:
 class SFTRolloutConfig:
     """How validation answers are written."""
 
-    name: RolloutName
-    """hf or vllm."""
+    name: Literal["hf"]
+    """The hf engine writes validation answers."""
     n: int
     """Answers per prompt."""
     temperature: float
@@ -154,9 +154,9 @@ class SFTTrainerConfig:
     val_before_train: bool
     """A validation before the first step."""
     test_freq: Frequency
-    """Validate every k steps or after_each_epoch, and at the last step; <= 0: never."""
+    """Validate every k steps or after_each_epoch; <= 0: at the last step only."""
     save_freq: Frequency
-    """Save every k steps or after_each_epoch, and at the last step; <= 0: never."""
+    """Save every k steps or after_each_epoch; <= 0: at the last step only."""
     max_actor_ckpt_to_keep: int | None
     """Older checkpoints are deleted once a new one is whole; null: keep all."""
     resume_mode: str

@@ -10,6 +10,7 @@ Run on transformers 5.17; the name rule is `is_flash_attention_requested` there.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -123,8 +124,11 @@ def _varlen(
     """(T, H, d) segments through torch's varlen kernel; causal aligns to the bottom right."""
     from torch.nn.attention.varlen import varlen_attn
 
-    window = (-1, 0) if causal else (-1, -1)
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window)
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
+    # torch 2.11 takes fewer KV heads than query heads as they are; 2.13 wants to be told.
+    if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float) -> Tensor:

@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
+_KEEP_LOGITS = 1 << 24  # logits of a micro-batch up to this many are kept for the backward pass instead of recomputed
+
+
 class TokenStats(NamedTuple):
     """Both (N,) fp32, one entry per response token."""
 
@@ -47,18 +50,18 @@ def response_stats(
     banned: Tensor | None,
     temperature: float,
     entropy_grad: bool,
-    chunk: int = 4096,
+    chunk: int = 1024,
 ) -> TokenStats:
     """Statistics of `targets` (N,) from the hidden states (N, D) that predict them.
 
     The vocabulary matrix (V, D) meets only these rows, `chunk` at a time; under autograd a chunk is recomputed in the
-    backward pass, so that no (N, V) tensor outlives its chunk. `entropy_grad` lets the entropy carry a gradient.
+    backward pass, so that no large (N, V) tensor outlives its chunk. `entropy_grad` lets the entropy carry a gradient.
     """
     log_probs, entropies = [], []
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)
         args = (hidden[rows], vocabulary, targets[rows], banned, temperature, entropy_grad)
-        if torch.is_grad_enabled() and len(targets) > chunk:
+        if torch.is_grad_enabled() and len(targets) * len(vocabulary) > _KEEP_LOGITS:
             lp, ent = checkpoint(_chunk_stats, *args, use_reentrant=False)
         else:
             lp, ent = _chunk_stats(*args)

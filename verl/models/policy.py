@@ -9,6 +9,7 @@ Touches transformers internals; run on transformers 5.17.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -23,6 +25,7 @@ from verl.models.attention import IMPLEMENTATION, AttentionPlan, plan_for
 from verl.models.log_probs import TokenStats, response_stats
 from verl.models.vision import Grid, vision_plan
 from verl.packing.layout import PackedBatch
+from verl.utils.dataset.prompts import VISION_TOKENS
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,6 @@ def patch_embed_as_matmul(patch_embed: nn.Module) -> None:
     patch_embed.forward = forward
 
 
-VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
 def banned_ids(path: Path, tokenizer: Any, vocabulary_size: int) -> list[int]:
@@ -173,18 +175,37 @@ def stop_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def check_model_folder(path: str | Path) -> Path:
-    """The local folder of a model. Raises ValueError naming what is missing."""
-    folder = Path(path)
+def check_model_folder(path: str | Path, key: str = "actor_rollout_ref.model.path") -> Path:
+    """The local folder of a model: `path` itself, or the download of a hub id such as `Qwen/Qwen2.5-VL-3B-Instruct`.
+
+    Raises ValueError naming the config key, what is missing and what to do.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists() and _HUB_ID.fullmatch(str(path)):
+        folder = _download(str(path), key)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"actor_rollout_ref.model.path={path}: no config.json there. Give a folder with a Hugging Face model "
-            "(download it first, e.g. `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir DIR`)."
+            f"{key}={path}: no config.json there. Give a folder with a Hugging Face model "
+            "(download it first, e.g. `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir DIR`), or a hub id."
         )
     kind = AutoConfig.from_pretrained(folder).model_type
     if kind != "qwen2_5_vl":
-        raise ValueError(f"{path}: model_type {kind!r} is not supported, only 'qwen2_5_vl'")
+        raise ValueError(f"{key}={path}: model_type {kind!r} is not supported, only 'qwen2_5_vl'")
     return folder
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def _download(name: str, key: str) -> Path:
+    """A hub model in the local cache, fetched if need be."""
+    try:
+        return Path(snapshot_download(name))
+    except (OSError, ValueError) as error:  # the hub's own errors are OSError or ValueError
+        raise ValueError(
+            f"{key}={name}: neither a folder here nor a model that can be fetched ({type(error).__name__}). Without "
+            "network give a folder, or fetch it first with `hf download`."
+        ) from error
 
 
 def load_policy(
@@ -202,7 +223,7 @@ def load_policy(
     config = AutoConfig.from_pretrained(path)
     for name, value in (overrides or {}).items():
         if not hasattr(config.text_config, name):
-            raise ValueError(f"actor_rollout_ref.model.override_config.{name}: the model's config has no such field")
+            raise ValueError(f"model.override_config.{name}: the model's config has no such field")
         setattr(config.text_config, name, value)
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         path, config=config, dtype=dtype, attn_implementation="sdpa"

@@ -30,11 +30,15 @@ class Resources:
 
     @property
     def threads(self) -> int:
-        """CPU threads of a worker: actor and rollout phases alternate, so each may use its rank's share of the node."""
-        return max(1, (os.cpu_count() or 1) // self.ranks_per_node)
+        """CPU threads of a worker: actor and rollout phases alternate, so each may use its rank's share of the node.
+
+        OMP_NUM_THREADS of the driver wins: it is how a user keeps a run from taking the whole machine.
+        """
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        return int(asked) if asked.isdigit() else max(1, (os.cpu_count() or 1) // self.ranks_per_node)
 
 
-def start_ray(num_cpus: int | None) -> None:
+def start_ray() -> None:
     """Join the cluster of RAY_ADDRESS, or start Ray on this machine with at least four CPU slots."""
     if ray.is_initialized():
         return
@@ -43,7 +47,7 @@ def start_ray(num_cpus: int | None) -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init(**options)
     else:
-        ray.init(num_cpus=num_cpus or max(4, os.cpu_count() or 1), include_dashboard=False, **options)
+        ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **options)
 
 
 _DEFAULT_ENV = {

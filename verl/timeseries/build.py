@@ -72,6 +72,8 @@ class BuildResult:
     rows: Mapping[str, int]
     milliseconds_per_plot: float
     """Wall time over plots, all workers together; near zero when the cache held them."""
+    warnings: tuple[str, ...] = ()
+    """What the task wants a reader of results to know."""
 
 
 def parse_args(args: Sequence[str]) -> BuildConfig:
@@ -114,7 +116,7 @@ def build(config: BuildConfig) -> BuildResult:
         _write_card(task, config, archive, kept, rows, folder)
     counts = {name: len(indices) for name, indices in rows.items()}
     plots = sum(len(indices) for indices in kept.values())
-    return BuildResult(output, counts, drawing / plots * 1e3)
+    return BuildResult(output, counts, drawing / plots * 1e3, task.warnings)
 
 
 def _resolve(config: BuildConfig) -> tuple[TaskSpec, Path, Path | None]:
@@ -232,6 +234,7 @@ def _write_card(
         "series_in_train_and_test": len(set(digests["train"]) & set(digests["test"])),
         "source_sha256": dict(archive.digests),
         "source_as_published": {name: known[name] == sha for name, sha in archive.digests.items() if name in known},
+        "warnings": list(task.warnings),
         "licence": task.licence,
         "citation": task.citation,
     }
@@ -256,6 +259,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     rows = ", ".join(f"{name} {count}" for name, count in result.rows.items())
     print(f"wrote {result.output}: {rows}")
+    for warning in result.warnings:
+        print(f"warning: {warning}")
     print(f"{result.milliseconds_per_plot:.1f} ms per plot, {time.perf_counter() - started:.1f} s in all")
     return 0
 

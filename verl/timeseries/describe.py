@@ -192,8 +192,25 @@ def describe(series: Series, task: TaskSpec) -> str:
     return (_short if task.description is DescriptionStyle.SHORT else _full)(series, task)
 
 
+def extension(series: Series, label: str, task: TaskSpec) -> str:
+    """The `<extension>` of a supervised answer: what was measured, then what the class asks for at that amplitude.
+
+    The measured sentence does not depend on the label.
+    """
+    suggestion = task.suggestions[label]
+    peak = float(np.abs(series[0] - np.median(series[0])).max())
+    m = measure(series[0])
+    phases = "one high phase" if len(m.high_runs) == 1 else f"{_count(len(m.high_runs))} high phases"
+    facts = f"The largest peak is {peak:.1f} {task.unit} from the middle, with {_word(m.levels, *LEVELS)} and {phases}."
+    return f"{facts} {suggestion.strong if peak >= suggestion.strong_from else suggestion.weak} {suggestion.then}"
+
+
 def sft_answer(series: Series, label: str, task: TaskSpec) -> str:
-    """The supervised answer: measured reasoning, then the class. Raises ValueError when the task has no such label."""
+    """The supervised answer: measured reasoning, the class, and the extension where the task asks for one.
+
+    Raises ValueError when the task has no such label.
+    """
     if label not in task.classes:
         raise ValueError(f"label {label!r} is not a class of task {task.name}: {', '.join(task.classes)}")
-    return f"<think>{describe(series, task)}</think><class>{label}</class>"
+    answer = f"<think>{describe(series, task)}</think><class>{label}</class>"
+    return f"{answer}<extension>{extension(series, label, task)}</extension>" if task.asks_extension else answer

@@ -74,7 +74,7 @@ class UcrReader:
     def read(self, source: Path | None, task: TaskSpec) -> Archive:
         if source is None:
             source = self._bundled_folder(task)
-        files = _zip_members(source) if source.is_file() else _folder_files(source, self.problem)
+        files = zip_members(source) if source.is_file() else folder_files(source, self.problem)
         for extension in self.formats:
             names = [f"{self.problem}_{split.upper()}.{extension}" for split in SPLITS]
             present = [name for name in names if name in files]
@@ -100,16 +100,16 @@ class UcrReader:
         return Path(spec.submodule_search_locations[0], "datasets", "data", self.problem)
 
 
-def _folder_files(folder: Path, problem: str) -> dict[str, Path | zipfile.Path]:
-    """Files of the folder, or of its sub-folder named after the problem, by name."""
+def folder_files(folder: Path, problem: str | None = None) -> dict[str, Path | zipfile.Path]:
+    """Files of the folder, and of its sub-folder named after the problem, by name. ValueError when it does not exist."""
     if not folder.is_dir():
         raise ValueError(f"source={folder} does not exist; name a folder or a zip")
-    inner = folder / problem
-    places = [folder, inner] if inner.is_dir() else [folder]
+    inner = None if problem is None else folder / problem
+    places = [folder, inner] if inner is not None and inner.is_dir() else [folder]
     return {path.name: path for place in places for path in place.iterdir() if path.is_file()}
 
 
-def _zip_members(path: Path) -> dict[str, Path | zipfile.Path]:
+def zip_members(path: Path) -> dict[str, Path | zipfile.Path]:
     """Files inside a zip by base name. Raises ValueError when the zip is damaged."""
     try:
         archive = zipfile.ZipFile(path)

@@ -10,7 +10,7 @@ Invariants
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -31,15 +31,22 @@ def stratified_cut(labels: Sequence[str], size: int, seed: int) -> tuple[list[in
     members: dict[str, list[int]] = {}
     for row, label in enumerate(labels):
         members.setdefault(label, []).append(row)
-    exact = {label: size * len(rows) / len(labels) for label, rows in members.items()}
-    quota = {label: int(share) for label, share in exact.items()}
-    by_remainder = sorted(members, key=lambda label: (quota[label] - exact[label], label))
-    for label in by_remainder[: size - sum(quota.values())]:
-        quota[label] += 1
+    quota = shares({label: len(rows) for label, rows in members.items()}, size)
     ordered = {label: sorted(rows, key=lambda row: _order(seed, row)) for label, rows in members.items()}
     cut = sorted(chain.from_iterable(rows[: quota[label]] for label, rows in ordered.items()))
     rest = sorted(set(range(len(labels))) - set(cut))
     return cut, rest
+
+
+def shares(counts: Mapping[str, int], size: int) -> dict[str, int]:
+    """`size` rows dealt to the classes in proportion to their counts, by largest remainder."""
+    total = sum(counts.values())
+    exact = {label: size * count / total for label, count in counts.items()}
+    quota = {label: int(share) for label, share in exact.items()}
+    by_remainder = sorted(counts, key=lambda label: (quota[label] - exact[label], label))
+    for label in by_remainder[: size - sum(quota.values())]:
+        quota[label] += 1
+    return quota
 
 
 def take(split: Split, rows: Sequence[int]) -> Split:

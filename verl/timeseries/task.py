@@ -15,6 +15,7 @@ from typing import Any
 
 from verl.timeseries.readers import Reader
 from verl.timeseries.style import PlotStyle
+from verl.utils.reward_score.parts import PUBLISHED, RewardPart, check_parts
 
 IMAGE = "<image>"
 
@@ -38,10 +39,26 @@ class ClassSpec:
 
 
 @dataclass(frozen=True)
+class Suggestion:
+    """What a supervised answer suggests for a class, by how large the signal is.
+
+    `weak` is said below a peak of `strong_from`, `strong` from there on.
+    """
+
+    weak: str
+    strong: str
+    then: str
+    """Said in both cases."""
+    strong_from: float
+    """Peak amplitude in the unit of the plot."""
+
+
+@dataclass(frozen=True)
 class Download:
     """Where the archive comes from, and the SHA-256 of files inside it that are known."""
 
     url: str
+    """A zip, or a folder (ending in /) with the files by name."""
     sha256: Mapping[str, str] = field(hash=False)
 
 
@@ -67,8 +84,16 @@ class TaskSpec:
     """Rows of (train, test) in the whole archive: what tells a cut-off file from a complete one."""
     time_step: float | None = None
     """Seconds between two points, if time is the x axis."""
+    unit: str = ""
+    """Unit of the values, where they have one."""
     description: DescriptionStyle = DescriptionStyle.FULL
+    suggestions: Mapping[str, Suggestion] = field(default_factory=dict, hash=False)
+    """Class name -> what a supervised answer's `<extension>` says; empty where the task asks for none."""
+    reward: tuple[RewardPart, ...] = PUBLISHED
+    """Named parts of the reward, in order."""
     val_fraction: float = 0.2
+    warnings: tuple[str, ...] = ()
+    """What a reader of results must know; printed by the data step and kept in the data card."""
     download: Download | None = None
     licence: str = ""
     citation: str = ""
@@ -84,6 +109,13 @@ class TaskSpec:
             raise ValueError(f"task {self.name}: val_fraction must lie in (0, 1), got {self.val_fraction}")
         if IMAGE in self.question + self.answer_format + "".join(spec.hint for spec in self.class_specs):
             raise ValueError(f"task {self.name}: {IMAGE} belongs to the start of the prompt only")
+        if self.suggestions and set(self.suggestions) != set(self.classes):
+            raise ValueError(f"task {self.name}: suggestions are for {sorted(self.suggestions)}, not for its classes")
+        if self.asks_extension != bool(self.suggestions):
+            raise ValueError(
+                f"task {self.name}: an <extension> in the answer format needs suggestions, and they need it"
+            )
+        check_parts(self.reward)
         self.plot.panels_for(self.channels)
 
     @property
@@ -98,6 +130,11 @@ class TaskSpec:
                 return spec.name
         known = ", ".join(f"{spec.file_label} ({spec.name})" for spec in self.class_specs)
         raise ValueError(f"{where}: label {file_label!r} is not declared by task {self.name}; declared: {known}")
+
+    @property
+    def asks_extension(self) -> bool:
+        """Answers end with an `<extension>`."""
+        return "<extension>" in self.answer_format
 
     @property
     def full_question(self) -> str:

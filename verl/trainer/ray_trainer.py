@@ -15,14 +15,20 @@ import numpy as np
 from verl.algorithms.advantage import advantage_metrics, get_estimator
 from verl.algorithms.kl import AdaptiveKL, kl_sums
 from verl.config import PPOConfig, batch_plan, render_table, resolved_table, to_dict, to_yaml, uses_reference
-from verl.config.derived import max_context
+from verl.config.derived import config_differences, max_context
 from verl.config.plan import is_due
 from verl.protocol import Group, Prompt, Response, TrainGroup
 from verl.trainer.ppo import batch as step_batch
 from verl.trainer.ppo.cluster import Workers, start_workers
 from verl.trainer.ppo.data import RunData, load_run_data
-from verl.trainer.ppo.metrics import actor_metrics, length_metrics, score_metrics, throughput_metrics
-from verl.trainer.ppo.scoring import Scorer, build_reward_manager
+from verl.trainer.ppo.metrics import (
+    actor_metrics,
+    balance_metrics,
+    length_metrics,
+    score_metrics,
+    throughput_metrics,
+)
+from verl.trainer.ppo.scoring import Scorer, Scoring, build_reward_manager
 from verl.trainer.ppo.validation import ValidationResult, validate
 from verl.utils.checkpoint.manager import Checkpoint, CheckpointManager
 from verl.utils.dataset.sampler import Sampler
@@ -91,14 +97,16 @@ class Trainer:
         with phase("step"):
             prompts = self._next_prompts()
             with phase("gen"):
-                responses = self.workers.rollouts.generate(prompts, self.sampling, step=self.step)
+                scoring, responses = self._generate(prompts, self.sampling, self.step)
             with phase("reward"):
-                groups = self._score(prompts, responses)
+                groups = self._score(scoring, responses)
             minis = self._cut(len(groups))
             with phase("old_log_prob"):
                 old = self._old_log_probs(groups, minis)
-            with phase("ref"):
-                ref = self._ref_log_probs(groups)
+            ref: step_batch.LogProbTable = {}
+            if uses_reference(self.config) and self._updates_now():
+                with phase("ref"):
+                    ref = self.workers.actors.log_probs(self._scored(groups, range(len(groups))), reference=True)
             with phase("adv"):
                 rewarded = self._penalise(groups, old, ref)
                 advantages = [self.estimate(g.scores, norm_by_std=self.norm_by_std) for g in rewarded]
@@ -120,7 +128,8 @@ class Trainer:
         self.norm_by_std = config.algorithm.norm_adv_by_std_in_grpo
         self._open_run(checkpoint.step if checkpoint else 0)
         self.checkpoints.forget_best_after(checkpoint.step if checkpoint else 0)
-        self.workers = start_workers(config, self.data.stores, self.plan.optimizer_steps)
+        self.workers = start_workers(config, self.data.stores, self.plan.optimizer_steps, self.scorer.manager)
+        self.scorer.pool = self.workers.rewards
         print(f"actor: {self.workers.actors.describe()}; rollout: {config.actor_rollout_ref.rollout.name} on "
               f"{self.workers.device}; weights from {self.weights_from}", flush=True)  # fmt: skip
         if checkpoint is not None:
@@ -152,14 +161,18 @@ class Trainer:
         """Score the validation files with MODEL_PATH's weights, or those of an explicitly named checkpoint."""
         checkpoint = self.checkpoint
         self._open_run(0)
-        self.workers = start_workers(self.config, self.data.stores, 1, actors=checkpoint is not None)
+        self.workers = start_workers(
+            self.config, self.data.stores, 1, self.scorer.manager, actors=checkpoint is not None
+        )
+        self.scorer.pool = self.workers.rewards
         if checkpoint is not None:
             self.workers.actors.load(checkpoint)
             self.weights_from = str(checkpoint.path)
             self._sync()
         metrics = self._validate()
         self.tracker.log(self.step, metrics)
-        print(f"validation: accuracy {metrics[ACCURACY]:.4f} with the weights of {self.weights_from}; "
+        accuracy = metrics.get(ACCURACY, float("nan"))
+        print(f"validation: accuracy {accuracy:.4f} with the weights of {self.weights_from}; "
               f"reports in {self.run_dir / 'reports'}", flush=True)  # fmt: skip
         return metrics
 
@@ -209,8 +222,15 @@ class Trainer:
         """Noise of the driver: a function of (run seed, step, purpose), so a resumed run draws the same."""
         return np.random.default_rng([self.config.trainer.seed, self.step, purpose])
 
-    def _score(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]]) -> list[Group]:
-        groups = self.scorer.score(prompts, responses)
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int
+    ) -> tuple[Scoring, list[list[Response]]]:
+        """Answers; each is scored while others are still written."""
+        scoring = self.scorer.begin(prompts)
+        return scoring, self.workers.rollouts.generate(prompts, sampling, step=step, sink=scoring.sink)
+
+    def _score(self, scoring: Scoring, responses: Sequence[Sequence[Response]]) -> list[Group]:
+        groups = scoring.finish(responses)
         return step_batch.permute_scores(groups, self._rng(0)) if self.config.reward.shuffle else groups
 
     def _cut(self, count: int) -> list[step_batch.MiniBatchPlan]:
@@ -230,18 +250,15 @@ class Trainer:
         self, groups: Sequence[Group], minis: Sequence[step_batch.MiniBatchPlan]
     ) -> step_batch.LogProbTable:
         """Log-probs before this step's updates, of the answers whose update is not the first one."""
+        if not self._updates_now():
+            return {}
         needed = {g for mini in minis if not mini.first for g in mini.members}
         if self.config.algorithm.use_kl_in_reward:
             needed = set(range(len(groups)))
         return self.workers.actors.log_probs(self._scored(groups, sorted(needed)), reference=False)
 
-    def _ref_log_probs(self, groups: Sequence[Group]) -> step_batch.LogProbTable:
-        if not uses_reference(self.config):
-            return {}
-        return self.workers.actors.log_probs(self._scored(groups, range(len(groups))), reference=True)
-
     def _penalise(self, groups: list[Group], old: step_batch.LogProbTable, ref: step_batch.LogProbTable) -> list[Group]:
-        if not self.config.algorithm.use_kl_in_reward:
+        if not self.config.algorithm.use_kl_in_reward or not self._updates_now():
             return groups
         sums = kl_sums(old, ref, self.config.algorithm.kl_penalty)
         coefficient = self.kl_control.observe(sums, old)
@@ -268,7 +285,7 @@ class Trainer:
             )
             for mini in minis
         ]
-        return [b for b in batches if b]
+        return batches
 
     def _updates_now(self) -> bool:
         return self.step >= self.config.trainer.critic_warmup
@@ -280,12 +297,12 @@ class Trainer:
 
     def _run_validation(self, prompts: Sequence[Prompt], name: str, source: str) -> ValidationResult:
         sampling = self._sampling(validation=True)
-        result = validate(
-            prompts,
-            lambda part: self.workers.rollouts.generate(part, sampling, step=0),
-            self.scorer,
-            self.config.data.val_batch_size,
-        )
+
+        def answer(part: Sequence[Prompt]) -> list[Group]:
+            scoring, responses = self._generate(part, sampling, 0)
+            return scoring.finish(responses)
+
+        result = validate(prompts, answer, self.config.data.val_batch_size)
         result.write(self.run_dir / "reports" / f"{name}.json", step=self.step, weights=source)
         self._dump(self.config.trainer.validation_data_dir, f"{name}.jsonl", result.groups)
         shown = result.groups[: self.config.trainer.log_val_generations]
@@ -297,7 +314,12 @@ class Trainer:
         with phase("testing"):
             source = self.weights_from if self.step == 0 else f"global_step_{self.step}"
             result = self._run_validation(self.data.validation.prompts, f"val_step_{self.step}", source)
-        metrics = result.metrics | {ACCURACY: result.accuracy} | phase.metrics()
+        metrics = result.metrics | phase.metrics()
+        if np.isfinite(result.accuracy):
+            metrics[ACCURACY] = result.accuracy
+        asked = self.config.trainer.best_metric
+        if asked is not None and asked not in metrics and self.config.trainer.keep_best:
+            raise ValueError(f"trainer.best_metric={asked}: validation gives no such metric, only {sorted(metrics)}")
         if self.step == 0 and not self.config.trainer.val_only:
             self.tracker.log(0, metrics)
         return metrics
@@ -306,13 +328,15 @@ class Trainer:
         """By `save_freq`, and whenever validation finds a new best."""
         name = self.checkpoints.keep_best
         better = name in metrics and self.checkpoints.would_be_best(metrics[name])
-        if not better and not is_due(self.config.trainer.save_freq, self.step, self.plan.total_steps):
+        due = is_due(self.config.trainer.save_freq, self.step, self.plan.total_steps)
+        if not better and not due:
             return
         phase = Phases()
         with phase("save_checkpoint"):
             state: dict[str, Any] = {"identity": self._identity(), "sampler": self.sampler.state()}
             state["kl_coef"] = self.kl_control.value
-            with self.checkpoints.saving(self.step, state, metrics) as checkpoint:
+            state["config"] = to_dict(self.config)
+            with self.checkpoints.saving(self.step, state, metrics, only_best=not due) as checkpoint:
                 state["engine"] = self.workers.actors.save(checkpoint)
         metrics |= phase.metrics()
 
@@ -333,6 +357,8 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.read_data()
+        for line in config_differences(state["config"], to_dict(self.config)):
+            log.warning("resumed with another setting than the checkpoint's: %s", line)
         self.workers.actors.load(checkpoint, state["engine"])
         self.sampler.load_state(state["sampler"])
         self.kl_control.value = state["kl_coef"]
@@ -363,7 +389,9 @@ class Trainer:
         metrics |= score_metrics(groups, rewarded, advantages)
         metrics |= advantage_metrics(scores, advantages)
         metrics |= reward_metrics(sources, [s for group in scores for s in group])
+        metrics |= self.scorer.pool_metrics
         metrics |= length_metrics(groups, max_prompt=data.max_prompt_length, max_response=data.max_response_length)
+        metrics |= balance_metrics(groups, self.workers.actors.loads)
         metrics |= actor_metrics(updates, actor.kl_loss_coef)
         metrics |= self.kl_control.metrics() if self.config.algorithm.use_kl_in_reward else {}
         metrics |= throughput_metrics(groups, phase.seconds, self.workers.ranks)

@@ -117,7 +117,7 @@ class SFTTrainer:
         self.device = resolve_device(config.trainer.device)
         self.rank, self.world = start_process_group_from_env(self.device)
         import_external(config.model.external_lib)
-        self.folder = check_model_folder(config.model.partial_pretrain)
+        self.folder = check_model_folder(config.model.partial_pretrain, "model.partial_pretrain")
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=config.model.trust_remote_code)
         self.data = load_sft_data(config, self.tokenizer, self.folder)
         data, trainer = config.data, config.trainer
@@ -126,10 +126,14 @@ class SFTTrainer:
         self.total_steps = trainer.total_training_steps or trainer.total_epochs * self.steps_per_epoch
         self.budget = data.micro_batch_size_per_gpu * data.max_length
         self.scorer = Scorer(build_reward_manager(config), self.tokenizer)
+        self.scorer.manager.check_prompts(e.prompt for e in self.data.validation)
+        self.scorer.manager.check_prompts(self.data.test or ())
         self.run_dir = Path(trainer.default_local_dir)
         self.checkpoints = CheckpointManager(self.run_dir, keep=trainer.max_actor_ckpt_to_keep)
         self._build_engines()
         self.step = 0
+        self.finished = False
+        """The resumed run had come to its end, by steps, time or the stop rule."""
 
     def _build_engines(self) -> None:
         config = self.config
@@ -163,7 +167,7 @@ class SFTTrainer:
         begin, metrics = time.monotonic(), {}
         if self.config.trainer.val_before_train and self.step == 0:
             self._log(self._validate().metrics)
-        while self.step < self.total_steps:
+        while self.step < self.total_steps and not self.finished:
             self.step += 1
             metrics = self._step()
             late = self._out_of_time(begin)
@@ -174,7 +178,7 @@ class SFTTrainer:
                 metrics |= result.metrics | {"val/parse_failure": result.parse_failure, "val/accuracy": result.accuracy}
                 reached = self._good_enough(result)
             if last or reached or self._due(self.config.trainer.save_freq):
-                self._save(metrics)
+                self._save(metrics, finished=last or reached)
             self._log(metrics)
             if late or reached:
                 break
@@ -243,7 +247,9 @@ class SFTTrainer:
             mine = self.generator.generate([prompts[i] for i in shares[self.rank]], self._sampling(), step=0)
             return [answers for part in all_gather_objects(mine) for answers in part]
 
-        result = validate(prompts, generate, self.scorer, self.config.data.val_batch_size)
+        result = validate(
+            prompts, lambda part: self.scorer.score(part, generate(part)), self.config.data.val_batch_size
+        )
         if self.rank == 0:
             result.write(self.run_dir / "reports" / f"{name}.json", step=self.step)
             self.scorer.write_samples(self.run_dir / "samples" / f"{name}.jsonl", result.groups)
@@ -282,9 +288,9 @@ class SFTTrainer:
         path = str(Path(self.config.model.partial_pretrain).resolve())
         return {"model.partial_pretrain": path, "data.train_files (digest)": self.data.train.digest}
 
-    def _save(self, metrics: dict[str, float]) -> None:
+    def _save(self, metrics: dict[str, float], *, finished: bool) -> None:
         dtype = compute_dtype(self.config.rollout.dtype, self.device)
-        state: dict[str, Any] = {"identity": self._identity(), "sampler": self.sampler.state()}
+        state: dict[str, Any] = {"identity": self._identity(), "sampler": self.sampler.state(), "finished": finished}
         with self._saving(state, metrics) as checkpoint:
             state["engine"] = save_engine(self.engine, checkpoint, source=self.folder, dtype=dtype)
 
@@ -311,6 +317,7 @@ class SFTTrainer:
         load_engine(self.engine, checkpoint, state["engine"])
         self.sampler.load_state(state["sampler"])
         self.step = checkpoint.step
+        self.finished = state["finished"] and self.config.trainer.stop_parse_failure is not None
         if self.rank == 0:
             print(f"resumed {checkpoint.path}", flush=True)
 
@@ -324,6 +331,12 @@ class SFTTrainer:
         dist.destroy_process_group()
 
 
+def ranks_of_torchrun() -> list[str]:
+    """Overrides that say how many ranks there are: under torchrun its environment, else one."""
+    local, world = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("WORLD_SIZE", "1"))
+    return [f"trainer.n_gpus_per_node={local}", f"trainer.nnodes={world // local}"]
+
+
 def main(overrides: list[str] | None = None) -> int:
     """Exit code 0, 2 for a mistake in the config or data, 1 for anything else."""
     level = os.environ.get("VERL_SFT_LOGGING_LEVEL", "WARN")
@@ -332,7 +345,7 @@ def main(overrides: list[str] | None = None) -> int:
         arguments = overrides_from("sft_trainer", sys.argv[1:] if overrides is None else overrides)
         if arguments is None:
             return 0
-        config = load("sft_trainer", arguments)
+        config = load("sft_trainer", arguments + ranks_of_torchrun())
         trainer = SFTTrainer(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

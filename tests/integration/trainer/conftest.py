@@ -44,8 +44,8 @@ def tiny(work: Path, data: Data) -> Path:
 
 @pytest.fixture(scope="session")
 def sft_run(work: Path, data: Data, tiny: Path) -> Run:
-    """Supervised until fewer than 40 % of the answers are malformed, so that rewards differ within a group."""
-    stop = ("rollout.n=2", "trainer.total_epochs=40", "trainer.stop_parse_failure=0.4", "trainer.test_freq=8")
+    """Supervised until fewer than 20 % of the answers are malformed, so that rewards differ within a group."""
+    stop = ("rollout.n=4", "trainer.total_epochs=60", "trainer.stop_parse_failure=0.2", "trainer.test_freq=8")
     folder = work / "sft"
     return sft_here(sft_overrides(data, tiny, folder, *stop, "trainer.save_freq=8"), folder).ok()
 

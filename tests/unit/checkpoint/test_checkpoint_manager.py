@@ -153,10 +153,21 @@ def test_an_error_inside_a_save_leaves_everything_as_it_was(tmp_path: Path) -> N
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
-def test_a_metric_that_is_not_finite_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="keep-best metric acc is nan"):
-        save(CheckpointManager(tmp_path / "run", keep_best="acc"), 1, acc=float("nan"))
-    assert not (tmp_path / "run").exists()
+def test_a_checkpoint_whose_metric_is_not_finite_is_saved_but_never_the_best(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep_best="acc")
+    save(manager, 1, acc=0.5)
+    save(manager, 2, acc=float("nan"))
+    best = manager.best()
+    assert steps(manager) == [1, 2] and best is not None and best.step == 1
+
+
+def test_a_checkpoint_kept_only_as_the_best_goes_when_a_better_one_is_whole(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep_best="acc")
+    for step, accuracy, only_best in ((1, 0.1, True), (2, 0.2, False), (3, 0.3, True), (4, 0.4, True), (5, 0.0, False)):
+        with manager.saving(step, {}, {"acc": accuracy}, only_best=only_best) as checkpoint:
+            (checkpoint.path / "weights").write_text("x")
+    best = manager.best()
+    assert steps(manager) == [2, 4, 5] and best is not None and best.step == 4
 
 
 @pytest.mark.parametrize("text", ["garbage", "99", "", None])

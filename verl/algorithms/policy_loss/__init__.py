@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from torch import Tensor
-
 from verl.algorithms.policy_loss.vanilla import PolicyLoss, vanilla_loss
 
 POLICY_LOSSES: Mapping[str, Callable[..., PolicyLoss]] = {"vanilla": vanilla_loss}
 
-__all__ = ["POLICY_LOSSES", "PolicyLoss", "Tensor", "vanilla_loss"]
+__all__ = ["POLICY_LOSSES", "PolicyLoss", "vanilla_loss"]

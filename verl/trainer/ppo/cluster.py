@@ -11,6 +11,8 @@ from verl.config import PPOConfig
 from verl.single_controller.cluster import Resources, reserve, start_ray
 from verl.single_controller.group import WorkerGroup
 from verl.trainer.ppo.workers import Actors, Rollouts, peak_memory
+from verl.workers.reward_manager import RewardManager
+from verl.workers.reward_manager.pool import RewardPool, default_workers
 from verl.workers.runtime import resolve_device
 
 _CALL_TIMEOUT = float(os.environ.get("VERL_CALL_TIMEOUT", "7200"))  # seconds until a silent worker counts as hung
@@ -26,6 +28,8 @@ class Workers:
     ranks: int
     device: str
     config: PPOConfig
+    rewards: RewardPool | None = None
+    """None: the driver scores."""
 
     def __post_init__(self) -> None:
         if self.actor_group is not None:
@@ -42,13 +46,27 @@ class Workers:
     def close(self) -> None:
         for group in self.groups:
             group.kill()
+        if self.rewards is not None:
+            self.rewards.close()
 
 
-def start_workers(config: PPOConfig, stores: Sequence[Path], optimizer_steps: int, *, actors: bool = True) -> Workers:
+def start_reward_pool(config: PPOConfig, manager: RewardManager) -> RewardPool | None:
+    """Processes that score like `manager`."""
+    return RewardPool(manager, workers=config.reward.num_workers or default_workers(), timeout=_CALL_TIMEOUT)
+
+
+def start_workers(
+    config: PPOConfig,
+    stores: Sequence[Path],
+    optimizer_steps: int,
+    manager: RewardManager,
+    *,
+    actors: bool = True,
+) -> Workers:
     """Start Ray, reserve one bundle per rank and build all workers. `actors=False`: the run only generates."""
     trainer = config.trainer
     resources = Resources(trainer.nnodes, trainer.n_gpus_per_node, resolve_device(trainer.device))
-    start_ray(None)
+    start_ray()
     bundles = reserve(resources, _START_TIMEOUT)
     gpu_share = 0.5 if resources.device == "cuda" else 0.0
 
@@ -68,12 +86,16 @@ def start_workers(config: PPOConfig, stores: Sequence[Path], optimizer_steps: in
         ranks=resources.ranks,
         device=resources.device,
         config=config,
+        rewards=start_reward_pool(config, manager),
     )
     try:
         if actors:
             workers.actors.build(config, resources, stores, optimizer_steps)
         workers.rollouts.build(config, stores)
-        print(f"workers: {'; '.join(f'{g.name} pid {_listed(g.pids())}' for g in workers.groups)}", flush=True)
+        started = [f"{g.name} pid {_listed(g.pids())}" for g in workers.groups]
+        if workers.rewards is not None:
+            started.append(f"reward pid {_listed(workers.rewards.ready(_START_TIMEOUT))}")
+        print(f"workers: {'; '.join(started)}", flush=True)
     except BaseException:
         workers.close()
         raise

@@ -32,15 +32,13 @@ def score_metrics(
 
 
 def length_metrics(groups: Sequence[Group], *, max_prompt: int, max_response: int) -> dict[str, float]:
-    """`response_length/*`, `prompt_length/*`, `global_seqlen/*` and the share of answers that were cut off."""
+    """`response_length/*`, `prompt_length/*` and the share of answers that were cut off."""
     prompts = np.array([len(g.prompt.token_ids) for g in groups])
     responses = np.array([len(r.token_ids) for g in groups for r in g.responses])
-    totals = np.array([len(g.prompt.token_ids) + len(r.token_ids) for g in groups for r in g.responses])
     cut = [r.stop_reason is StopReason.LENGTH for g in groups for r in g.responses]
     return (
         _spread("response_length", responses)
         | _spread("prompt_length", prompts)
-        | _spread("global_seqlen", totals)
         | {
             "response_length/clip_ratio": float((responses >= max_response).mean()),
             "prompt_length/clip_ratio": float((prompts >= max_prompt).mean()),
@@ -49,13 +47,19 @@ def length_metrics(groups: Sequence[Group], *, max_prompt: int, max_response: in
     )
 
 
-def balance_metrics(loads: Sequence[float]) -> dict[str, float]:
-    """Tokens of each rank in this step."""
-    return {
-        "global_seqlen/balanced_min": min(loads),
-        "global_seqlen/balanced_max": max(loads),
-        "global_seqlen/minmax_diff": max(loads) - min(loads),
-    }
+def balance_metrics(groups: Sequence[Group], loads: Sequence[int]) -> dict[str, float]:
+    """`global_seqlen/*`: tokens of a rank in this step, a prompt counted once for its answers.
+
+    `min`, `max` and `minmax_diff` are of an equal cut in order, `balanced_*` of the plan, which gave each rank `loads`
+    (empty when nothing was trained).
+    """
+    tokens = [len(g.prompt.token_ids) + _response_tokens(g) for g in groups]
+    in_order = [float(sum(part)) for part in np.array_split(tokens, max(1, len(loads)))]
+    metrics = _spread("global_seqlen", in_order)
+    metrics["global_seqlen/minmax_diff"] = max(in_order) - min(in_order)
+    if loads:
+        metrics |= {"global_seqlen/balanced_min": float(min(loads)), "global_seqlen/balanced_max": float(max(loads))}
+    return metrics
 
 
 def actor_metrics(steps: Sequence[Mapping[str, float]], kl_coef: float) -> dict[str, float]:
@@ -63,8 +67,9 @@ def actor_metrics(steps: Sequence[Mapping[str, float]], kl_coef: float) -> dict[
     if not steps:
         return {}
     hidden = ("rollout_", "skipped")
-    names = [n for n in steps[0] if not n.startswith(hidden)]
-    metrics = {f"actor/{name}": float(np.mean([s[name] for s in steps if name in s])) for name in names}
+    computed = [s for s in steps if "pg_loss" in s]  # the others held no scored answer
+    names = [n for n in (computed or steps)[0] if not n.startswith(hidden)]
+    metrics = {f"actor/{name}": float(np.mean([s[name] for s in computed or steps])) for name in names}
     metrics["actor/lr"] = steps[-1]["lr"]
     metrics["training/skipped_steps"] = float(sum(s["skipped"] for s in steps))
     if "actor/kl_loss" in metrics:
@@ -84,9 +89,21 @@ def _mismatch(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
         "training/rollout_probs_diff_mean": mean,
         "training/rollout_probs_diff_max": max(s["rollout_probs_diff_max"] for s in found),
         "training/rollout_probs_diff_std": max(0.0, squares - mean**2) ** 0.5,
+        "training/rollout_actor_probs_pearson_corr": _correlation(found, count),
         "rollout_corr/kl": sum(s["rollout_kl_sum"] for s in found) / count,
         "rollout_corr/k3_kl": sum(s["rollout_k3_sum"] for s in found) / count,
     }
+
+
+def _correlation(steps: Sequence[Mapping[str, float]], count: float) -> float:
+    """Pearson correlation of the sampler's and the trainer's probabilities; nan where one of them is constant."""
+
+    def mean(name: str) -> float:
+        return sum(s[f"rollout_{name}_sum"] for s in steps) / count
+
+    p, q = mean("p"), mean("q")
+    spread = (mean("pp") - p * p) * (mean("qq") - q * q)
+    return (mean("pq") - p * q) / spread**0.5 if spread > 0 else float("nan")
 
 
 def throughput_metrics(groups: Sequence[Group], seconds: Mapping[str, float], ranks: int) -> dict[str, float]:

@@ -4,27 +4,91 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from verl.config import PPOConfig, SFTConfig
-from verl.protocol import Group, Prompt, Response
+from verl.config.judge import RewardJudgeConfig
+from verl.protocol import Group, Prompt, Response, Score
 from verl.utils.reward_score.custom import CustomFunction
+from verl.utils.reward_score.judge import JudgeConfig
 from verl.utils.tracking import Sample
-from verl.workers.reward_manager import RewardManager
+from verl.workers.reward_manager import RewardItem, RewardManager
+from verl.workers.rollout.forward import decode
+
+if TYPE_CHECKING:
+    from verl.workers.reward_manager.pool import AnswerSink, RewardPool
 
 
 def build_reward_manager(config: PPOConfig | SFTConfig) -> RewardManager:
     """The manager that the config asks for. Raises ValueError on a function that cannot be loaded."""
     custom = config.custom_reward_function
-    name = config.reward_model.reward_manager if isinstance(config, PPOConfig) else "naive"
+    ppo = isinstance(config, PPOConfig)
     return RewardManager(
-        name,
+        config.reward_model.reward_manager if ppo else "naive",
         max_failure_rate=config.reward.max_failure_rate,
         custom=None if custom.path is None else CustomFunction(custom.path, custom.name, custom.reward_kwargs),
         answer_format=config.reward.format,
         timeout_s=config.reward.timeout,
+        judge=judge_config(config.reward.judge) if ppo and config.reward.judge.enable else None,
+        parts=config.reward.parts if ppo else None,
+        max_tokens=config.data.max_response_length,
     )
+
+
+def judge_config(judge: RewardJudgeConfig) -> JudgeConfig:
+    """The judge's own settings. Raises ValueError naming the key of an illegal one."""
+    return JudgeConfig(
+        base_url=judge.base_url,
+        model=judge.model,
+        api_key_env=judge.api_key_env,
+        temperature=judge.temperature,
+        max_answer_tokens=judge.max_answer_tokens,
+        max_chars=judge.max_chars,
+        timeout_s=judge.timeout_s,
+        attempt_timeout_s=judge.attempt_timeout_s,
+        queue_timeout_s=judge.queue_timeout_s,
+        max_retries=judge.max_retries,
+        backoff_s=judge.backoff_s,
+        give_up_after=judge.give_up_after,
+        max_concurrent=judge.max_concurrent,
+        max_rpm=judge.max_rpm,
+        max_tpm=judge.max_tpm,
+        max_calls=judge.max_calls,
+        max_total_tokens=judge.max_total_tokens,
+        cache_path=None if judge.cache_path is None else str(Path(judge.cache_path).expanduser().resolve()),
+        run_name=judge.run_name,
+    )
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The scores of one batch, being made: answers sent to `sink` while others are written are scored at once."""
+
+    scorer: Scorer
+    prompts: Sequence[Prompt]
+    sink: AnswerSink | None
+    """None: everything is scored at the end, in this process."""
+
+    def finish(self, responses: Sequence[Sequence[Response]]) -> list[Group]:
+        """One group per prompt, in order; waits for scores that are not there yet.
+
+        Raises RewardFailureRateError when too many answers could not be scored.
+        """
+        if self.sink is None:
+            return self.scorer.score(self.prompts, responses)
+        assert self.scorer.pool is not None, "a sink without its pool"
+        scores, self.scorer.pool_metrics = self.scorer.pool.collect(self.sink, [len(answers) for answers in responses])
+        return _groups(self.prompts, responses, scores)
+
+
+def _groups(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]], scores: Sequence[Score]) -> list[Group]:
+    in_order = iter(scores)
+    return [
+        Group(prompt, tuple(answers), tuple(next(in_order) for _ in answers))
+        for prompt, answers in zip(prompts, responses, strict=True)
+    ]
 
 
 class Scorer:
@@ -33,24 +97,27 @@ class Scorer:
     def __init__(self, manager: RewardManager, tokenizer: Any) -> None:
         self.manager = manager
         self.tokenizer = tokenizer
+        self.pool: RewardPool | None = None
+        """Where answers are scored; None: in this process."""
+        self.pool_metrics: dict[str, float] = {}
+        """The pool's own numbers about the last batch."""
+
+    def begin(self, prompts: Sequence[Prompt]) -> Scoring:
+        """Get ready for answers to these prompts."""
+        return Scoring(self, prompts, None if self.pool is None else self.pool.open(prompts))
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]]) -> list[Group]:
         """One group per prompt, in order."""
-        texts = self.texts([r for answers in responses for r in answers])
-        owners = [p for p, answers in zip(prompts, responses, strict=True) for _ in answers]
-        scores = iter(self.manager.score(list(zip(owners, texts, strict=True))))
-        return [
-            Group(prompt, tuple(answers), tuple(next(scores) for _ in answers))
-            for prompt, answers in zip(prompts, responses, strict=True)
-        ]
+        flat = [(p, r) for p, answers in zip(prompts, responses, strict=True) for r in answers]
+        texts = self.texts([r for _, r in flat])
+        items = [RewardItem(p, text, len(r.token_ids)) for (p, r), text in zip(flat, texts, strict=True)]
+        return _groups(prompts, responses, self.manager.score(items))
 
     def texts(self, responses: Sequence[Response]) -> list[str]:
-        if not responses:
-            return []
-        return self.tokenizer.batch_decode([r.token_ids.tolist() for r in responses], skip_special_tokens=True)
+        return decode(self.tokenizer, responses)
 
     def write_samples(self, path: Path, groups: Sequence[Group]) -> None:
-        """One json line per group: prompt, image keys, truth, and the answers sorted by reward, failed ones last."""
+        """One json line per group: question, image keys, truth, and the answers sorted by reward, failed ones last."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
             for group in groups:
@@ -89,6 +156,7 @@ class Scorer:
         return {
             "uid": prompt.uid,
             "data_source": prompt.data_source,
+            "question": prompt.extra_info.get("question"),
             "ground_truth": prompt.ground_truth,
             "image_keys": prompt.image_keys,
             "answers": answers,

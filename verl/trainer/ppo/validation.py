@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from verl.protocol import Group, Prompt, Response
-from verl.trainer.ppo.scoring import Scorer
+from verl.protocol import Group, Prompt
 from verl.utils.report.validation import SourceReport, ValidationRow, classification_report, validation_metrics
 from verl.utils.reward_score import known_classes
 
-Generate = Callable[[Sequence[Prompt]], list[list[Response]]]
+Answer = Callable[[Sequence[Prompt]], list[Group]]
+"""Generates and scores."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,12 @@ class ValidationResult:
         path.write_text(json.dumps(content, indent=2, default=float) + "\n")
 
 
-def validate(prompts: Sequence[Prompt], generate: Generate, scorer: Scorer, chunk: int | None) -> ValidationResult:
-    """Generate and score in chunks of `chunk` prompts (None: all at once), so memory does not grow with the rows."""
+def validate(prompts: Sequence[Prompt], answer: Answer, chunk: int | None) -> ValidationResult:
+    """Answer and score in chunks of `chunk` prompts (None: all at once), so memory does not grow with the rows."""
     size = chunk or max(1, len(prompts))
     groups: list[Group] = []
     for start in range(0, len(prompts), size):
-        part = prompts[start : start + size]
-        groups += scorer.score(part, generate(part))
+        groups += answer(prompts[start : start + size])
     rows = [
         ValidationRow(g.prompt.uid, g.prompt.data_source, g.prompt.ground_truth, score)
         for g in groups

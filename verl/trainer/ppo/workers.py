@@ -17,6 +17,7 @@ from verl.utils.checkpoint.manager import Checkpoint
 from verl.workers.actor.objective import merge_metrics
 from verl.workers.actor.worker import ActorWorker, MiniBatch
 from verl.workers.rollout.base import Sampling
+from verl.workers.rollout.forward import Sink
 from verl.workers.rollout.worker import RolloutWorker
 from verl.workers.weight_sync.shared_memory import StoredBucket
 
@@ -31,7 +32,10 @@ class Actors:
     def __init__(self, group: WorkerGroup, config: PPOConfig) -> None:
         self.group = group
         self.balanced = config.trainer.balance_batch
-        self.budgets = token_budgets(config)
+        # A run that only validates needs no budgets, and need not set their keys.
+        self.budgets = None if config.trainer.val_only else token_budgets(config)
+        self.loads: list[int] = []
+        """Tokens that each rank met in the last update."""
 
     def build(self, config: PPOConfig, resources: Resources, stores: Sequence[Path], optimizer_steps: int) -> None:
         address = self.group.rendezvous()
@@ -53,6 +57,7 @@ class Actors:
         """Log-probs of every answer by sample index, of the present policy or of the reference."""
         if not groups:
             return {}
+        assert self.budgets is not None, "a run that only validates computes no log-probs"
         budget = self.budgets.ref_log_prob if reference else self.budgets.old_log_prob
         assert budget is not None, "no KL term asks for a reference"
         plan = self._plan(groups, budget)
@@ -61,8 +66,10 @@ class Actors:
 
     def update(self, mini_batches: Sequence[Sequence[TrainGroup]]) -> list[dict[str, float]]:
         """One optimizer step per mini-batch; metric sums over all ranks."""
+        assert self.budgets is not None, "a run that only validates updates nothing"
         plans = [self._plan(groups, self.budgets.update) for groups in mini_batches]
         tokens = [response_tokens(groups) for groups in mini_batches]
+        self.loads = [sum(packed_tokens(micro) for p in plans for micro in p[rank]) for rank in range(self.group.size)]
         shares = [
             ([MiniBatch(plan[rank], count) for plan, count in zip(plans, tokens, strict=True)],)
             for rank in range(self.group.size)
@@ -102,11 +109,25 @@ class Rollouts:
     def load(self, buckets: Sequence[StoredBucket]) -> None:
         self.group.all("load", buckets)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int) -> list[list[Response]]:
-        """`sampling.n` answers for each prompt, in the order of `prompts`."""
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int, sink: Sink | None = None
+    ) -> list[list[Response]]:
+        """`sampling.n` answers for each prompt, in the order of `prompts`; each goes to `sink` as soon as it ends."""
         shares = np.array_split(np.arange(len(prompts)), self.group.size)
-        parts = self.group.each("generate", [([prompts[i] for i in share], sampling, step) for share in shares])
+        firsts = np.cumsum([0, *map(len, shares)])[:-1]
+        parts = self.group.each(
+            "generate",
+            [
+                ([prompts[i] for i in share], sampling, step, sink, int(first))
+                for share, first in zip(shares, firsts, strict=True)
+            ],
+        )
         return [answers for part in parts for answers in part]
+
+
+def packed_tokens(groups: Sequence[TrainGroup]) -> int:
+    """Tokens of a packed forward: each group's prompt once, and its answers."""
+    return sum(len(g.prompt.token_ids) for g in groups) + response_tokens(groups)
 
 
 def peak_memory(groups: Sequence[WorkerGroup]) -> dict[str, float]:

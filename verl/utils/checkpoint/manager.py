@@ -94,12 +94,18 @@ class CheckpointManager:
 
     @contextmanager
     def saving(
-        self, step: int, data: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+        self,
+        step: int,
+        data: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        *,
+        only_best: bool = False,
     ) -> Iterator[Checkpoint]:
         """Gives a temporary checkpoint to write `actor/` into; leaving the block makes it `global_step_{step}`.
 
         An exception inside the block leaves everything as it was. `metrics` decide what is best; without the
-        `keep_best` metric among them the best one stays. Raises ValueError when that metric is not a finite number.
+        `keep_best` metric among them, or when it is not finite, the best one stays. `only_best`: this one is kept
+        as long as it is the best, and is deleted once a better one is whole.
         """
         value = self._metric(metrics or {})
         self.root.mkdir(parents=True, exist_ok=True)
@@ -112,7 +118,7 @@ class CheckpointManager:
             yield Checkpoint(step, aside)
             self._on_point("written")
             write_json_atomic(aside / "data.json", dict(data))
-            write_json_atomic(aside / MANIFEST, _manifest(aside, step, metrics or {}))
+            write_json_atomic(aside / MANIFEST, _manifest(aside, step, metrics or {}) | {"only_best": only_best})
             fsync_tree(aside)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
@@ -215,7 +221,8 @@ class CheckpointManager:
             return None
         value = float(metrics[self.keep_best])
         if not math.isfinite(value):
-            raise ValueError(f"the keep-best metric {self.keep_best} is {value}")
+            logger.warning("the keep-best metric %s is %s: this checkpoint cannot become the best", self.keep_best, value)
+            return None
         return value
 
     def _best_record(self) -> dict[str, Any] | None:
@@ -230,11 +237,11 @@ class CheckpointManager:
         return value < record["value"] if self.lower_is_better else value > record["value"]
 
     def _prune(self, latest_step: int) -> None:
-        if self.keep is None:
-            return
         there = self.complete()
         record = self._best_record()
-        kept = {c.step for c in there[-self.keep :]} | {latest_step} | ({record["step"]} if record else set())
+        never = {latest_step} | ({record["step"]} if record else set())
+        regular = [c for c in there if not _read_json(c.path / MANIFEST).get("only_best")]
+        kept = never | {c.step for c in (regular if self.keep is None else regular[-self.keep :])}
         for checkpoint in there:
             if checkpoint.step not in kept:
                 # out of sight first: a kill while deleting leaves no half folder under a good name

@@ -1,7 +1,7 @@
 """Rewards by data source.
 
-A source is scored by its own module here (`ctu.py`) or, when it has none, by the classes of its task in
-`verl.timeseries.tasks`. Anything else needs `custom_reward_function.path`.
+A source's classes come from its own module here (`ctu.py`) or, when it has none, from its task in
+`verl.timeseries.tasks`, which also declares the parts of the reward. Anything else needs `custom_reward_function.path`.
 """
 
 from __future__ import annotations
@@ -9,18 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from verl.protocol import Score
 from verl.utils.reward_score.labels import LabelScorer, ScoreTuple
+from verl.utils.reward_score.parts import PUBLISHED, RewardPart
 from verl.utils.reward_score.tags import AnswerFormat
 
-JudgedFunction = Callable[..., Awaitable[Score]]
-"""`function(predict_str, ground_truth, *, judge, answer_format) -> Score`, to be awaited."""
-
-_MODULES = {"computer_dataset": "ctu"}
-_JUDGED_MODULES = {"emg_dataset": "emg_soft"}
+_MODULES = {"computer_dataset": "ctu", "emg_dataset": "emg"}
 _PUBLISHED = ("computer_dataset", "emg_dataset", "ecg_dataset", "har_dataset", "rcw_dataset", "lightning_dataset")
 
 
@@ -40,12 +36,13 @@ def get_scorer(data_source: str, format: str | AnswerFormat = AnswerFormat.LOOSE
     return scorer
 
 
-def get_judged_scorer(data_source: str) -> JudgedFunction | None:
-    """The reward of a data source that has a part for an LLM judge; None where the rule alone scores."""
-    if data_source not in _JUDGED_MODULES:
-        return None
-    function: JudgedFunction = importlib.import_module(f"{__name__}.{_JUDGED_MODULES[data_source]}").compute_score
-    return function
+def declared_parts(data_source: str) -> tuple[RewardPart, ...]:
+    """The parts that the task of a data source declares; the published ones where no task does."""
+    # Late, so that scoring a registered source by its rule loads none of the readers.
+    from verl.timeseries.tasks import find_by_data_source
+
+    task = find_by_data_source(data_source)
+    return PUBLISHED if task is None else task.reward
 
 
 def known_classes(data_source: str) -> tuple[str, ...] | None:
@@ -69,13 +66,12 @@ def _find(data_source: str, rule: AnswerFormat) -> LabelScorer | None:
     if data_source in _MODULES:
         module = importlib.import_module(f"{__name__}.{_MODULES[data_source]}")
         return dataclasses.replace(module.SCORER, answer_format=rule)
-    # Late, so that scoring a registered source loads none of the readers.
     from verl.timeseries.tasks import find_by_data_source
 
     task = find_by_data_source(data_source)
     if task is None:
         return None
-    return LabelScorer(data_source, task.classes, rule, extension="<extension>" in task.answer_format)
+    return LabelScorer(data_source, task.classes, rule, extension=task.asks_extension)
 
 
 def _not_registered(data_source: str) -> str:

@@ -108,6 +108,8 @@ class RewardFunction:
     """A reward function behind one face.
 
     `timeout_s` limits one call: a coroutine is cancelled, a plain function is left to its (daemon) thread.
+    `warn` takes what a person should read: tracebacks, and advice about a return value.
+    `copy_extra=False` is for functions of our own, which leave `extra_info` alone.
     Raises ValueError as `inspect_function` does.
     """
 
@@ -118,6 +120,8 @@ class RewardFunction:
         name: str | None = None,
         reward_kwargs: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
+        warn: Callable[[str], None] = logger.warning,
+        copy_extra: bool = True,
     ) -> None:
         if timeout_s is not None and timeout_s <= 0:
             raise ValueError(f"the time limit of a reward call is {timeout_s} s: give a positive number or null")
@@ -126,7 +130,13 @@ class RewardFunction:
         self._function = function
         self._kwargs = dict(reward_kwargs or {})
         self._plan = inspect_function(function, self._kwargs, self.name)
+        self._warn, self._copy_extra = warn, copy_extra
         self._logged: set[object] = set()
+
+    @property
+    def is_async(self) -> bool:
+        """The function is a coroutine function."""
+        return self._plan.mode is CallMode.ASYNC
 
     @property
     def needs_loop(self) -> bool:
@@ -193,7 +203,8 @@ class RewardFunction:
             "predict_str": text,
         }
         if "extra_info" in self._plan.arguments:
-            known["extra_info"] = copy.deepcopy(dict(extra_info or {}))
+            extra = dict(extra_info or {})
+            known["extra_info"] = copy.deepcopy(extra) if self._copy_extra else extra
         return {a: known[a] for a in self._plan.arguments} | self._kwargs
 
     def _to_score(self, value: Any, ground_truth: str, classes: Sequence[str] | None) -> Score:
@@ -222,7 +233,7 @@ class RewardFunction:
     def _warn_once(self, key: object, message: str) -> None:
         if key not in self._logged:
             self._logged.add(key)
-            logger.warning(message)
+            self._warn(message)
 
 
 async def _in_daemon_thread(call: Callable[[], Any]) -> Any:

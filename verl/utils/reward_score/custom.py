@@ -7,6 +7,7 @@ Invariants
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import sys
@@ -25,6 +26,10 @@ class CustomFunction:
     name: str = "compute_score"
     reward_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Passed to every call by keyword."""
+
+    def absolute(self) -> CustomFunction:
+        """The same function, whatever folder the caller stands in."""
+        return dataclasses.replace(self, path=str(Path(self.path).expanduser().resolve()))
 
     def load(self) -> Callable[..., Any]:
         """Import the file and return the function.

@@ -18,37 +18,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from verl.protocol import Score
-from verl.utils.reward_score.judge import Judge, JudgeConfig, JudgeError, JudgeRequest, Rubric, shared_judge
-from verl.utils.reward_score.labels import FORMAT_WEIGHT, LABEL_WEIGHT, LabelScorer
-from verl.utils.reward_score.returns import failed
+from verl.timeseries.tasks.emg import RUBRIC, TASK
+from verl.utils.reward_score.composite import Composite
+from verl.utils.reward_score.emg import SCORER
+from verl.utils.reward_score.judge import Judge, JudgeConfig, shared_judge
+from verl.utils.reward_score.parts import PartKind
 from verl.utils.reward_score.tags import AnswerFormat
 
-SCORER = LabelScorer("emg_dataset", ("Healthy", "Myopathy", "Neuropathy"), extension=True)
-SOFT_WEIGHT = 0.5
+__all__ = ["RUBRIC", "SCORER", "SOFT_WEIGHT", "compute_score"]
 
-RUBRIC = Rubric(
-    name="emg-extension",
-    task=(
-        "A model looked at a short needle EMG of the tibialis anterior, reasoned, chose Healthy, Myopathy or "
-        "Neuropathy and then wrote suggestions for the clinician in the field extension. You do not see the recording: "
-        "take the chosen class as given. Grade the field extension only; reasoning and class are there for context."
-    ),
-    criteria=(
-        ("specificity", "names concrete findings, muscles, nerves, tests, intervals or thresholds; 0 for generalities"),
-        ("appropriateness", "sound and safe medical practice for the chosen class"),
-        ("relevance", "follows from this signal, this reasoning and this class"),
-        ("depth", "explains why, in which order and what each result would change; 0 for a bare list or one line"),
-    ),
-    stock_phrases=(
-        "further tests",
-        "clinical history",
-        "physical examination",
-        "refer to specialist",
-        "confirm the diagnosis",
-    ),
-    stock_field="extension",
-    cap=0.4,
-)
+SOFT_WEIGHT = next(part.weight for part in TASK.reward if part.kind is PartKind.SOFT)
 
 
 async def compute_score(
@@ -66,25 +45,10 @@ async def compute_score(
     Raises ValueError for a ground truth outside the classes, an unknown format or judge option.
     """
     scorer = dataclasses.replace(SCORER, answer_format=AnswerFormat(answer_format))
-    reward, well_formed, pred_id, label_id = scorer(predict_str, ground_truth)
-    label = None if pred_id < 0 else scorer.classes[pred_id]
-    parts = {"format": float(well_formed), "label": float(pred_id == label_id)}
-    if pred_id != label_id or not well_formed:
-        return Score.ok(reward, parts, label)
-    fields = _fields(scorer, predict_str)
-    if not fields["extension"]:
-        return Score.ok(LABEL_WEIGHT + FORMAT_WEIGHT, parts | {"soft": 0.0}, label)
-    try:
-        verdict = await _judge(judge).judge(JudgeRequest(RUBRIC, fields))
-    except JudgeError as error:
-        return failed(error.kind, str(error))
-    extra = {"judge": dict(verdict.criteria), "capped": verdict.capped}
-    return Score.ok(reward + soft_weight * verdict.score, parts | {"soft": verdict.score}, label, extra)
-
-
-def _fields(scorer: LabelScorer, text: str) -> dict[str, str]:
-    answer = scorer.read(text)
-    return {"reasoning": answer.think or "", "class": answer.label or "", "extension": answer.extension or ""}
+    parts = [
+        dataclasses.replace(part, weight=soft_weight) if part.kind is PartKind.SOFT else part for part in TASK.reward
+    ]
+    return await Composite(scorer, parts, judge=_judge(judge)).score(predict_str, ground_truth, {})
 
 
 def _judge(judge: Mapping[str, Any] | Judge | None) -> Judge:

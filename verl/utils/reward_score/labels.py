@@ -8,6 +8,7 @@ Invariants
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from verl.utils.reward_score.tags import AnswerFormat, ParsedAnswer, fold, label_table, parse_answer
@@ -33,11 +34,15 @@ class LabelScorer:
     answer_format: AnswerFormat = AnswerFormat.LOOSE
     extension: bool = False
     """The task asks for an `<extension>`; only the strict rule looks for it."""
+    synonyms: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Further spelling -> label."""
+    case: bool = False
+    """Letter case of the answer's label matters."""
     _table: dict[str, str] = field(init=False, repr=False, compare=False)
     _ids: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_table", label_table(self.classes))
+        object.__setattr__(self, "_table", label_table(self.classes, self.synonyms, case=self.case))
         object.__setattr__(self, "_ids", {fold(label): i for i, label in enumerate(self.classes)})
 
     def label_id(self, ground_truth: str) -> int:
@@ -52,7 +57,7 @@ class LabelScorer:
 
     def read(self, predict_str: str) -> ParsedAnswer:
         """The parts of an answer, by the task's labels and the chosen format."""
-        return parse_answer(predict_str, self._table, self.answer_format, extension=self.extension)
+        return parse_answer(predict_str, self._table, self.answer_format, extension=self.extension, case=self.case)
 
     def __call__(self, predict_str: str, ground_truth: str) -> ScoreTuple:
         label_id = self.label_id(ground_truth)

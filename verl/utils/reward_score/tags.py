@@ -6,7 +6,7 @@ Two rules, chosen by `AnswerFormat`:
 
 Invariants
 - A label that is returned is one of the task's own labels, as the task spells it.
-- Letter case and outer blanks of the label do not matter; nothing else is forgiven.
+- Outer blanks of a label do not matter, nor does its letter case unless asked for; nothing else is forgiven.
 - Strict well-formed implies that every tag occurs once, whatever its letter case.
 - An end-of-turn token left at the end of the text changes nothing.
 - Time is linear in the length of the text, also for hostile ones.
@@ -46,59 +46,84 @@ class ParsedAnswer:
     """The label as the task spells it; None when the answer could not be read."""
     think: str | None
     extension: str | None
+    fault: str | None = None
+    """Why it is not well formed."""
 
 
-def label_table(labels: Sequence[str]) -> dict[str, str]:
-    """Folded label -> label, in order.
+def label_table(
+    labels: Sequence[str], synonyms: Mapping[str, str] | None = None, *, case: bool = False
+) -> dict[str, str]:
+    """Folded label or synonym -> label, in order. `case`: letter case matters.
 
-    Raises ValueError when there are no labels, two differ only in case or blanks, or one is empty or holds a `<`.
+    Raises ValueError when there are no labels, two cannot be told apart, one is empty or holds a `<`, or a synonym
+    stands for no label.
     """
     table: dict[str, str] = {}
     for label in labels:
-        key = fold(label)
-        if not key or "<" in label:
-            raise ValueError(f"label {label!r} is empty or holds a '<', so no answer could state it: rename it")
-        if key in table:
-            raise ValueError(f"labels {table[key]!r} and {label!r} differ only in case or blanks: rename one")
-        table[key] = label
+        _add_label(table, label, label, case)
+    for synonym, label in (synonyms or {}).items():
+        if label not in labels:
+            raise ValueError(f"synonym {synonym!r} stands for {label!r}, which is no label: {', '.join(labels)}")
+        _add_label(table, synonym, label, case)
     if not table:
         raise ValueError("a task needs at least one label")
     return table
 
 
-def fold(label: str) -> str:
-    """The form in which labels are compared: no outer blanks, no case."""
-    return label.strip().casefold()
+def _add_label(table: dict[str, str], text: str, label: str, case: bool) -> None:
+    key = fold(text, case=case)
+    if not key or "<" in text:
+        raise ValueError(f"label {text!r} is empty or holds a '<', so no answer could state it: rename it")
+    if key in table:
+        differ = "blanks" if case else "case or blanks"
+        raise ValueError(f"labels {table[key]!r} and {text!r} differ only in {differ}: rename one")
+    table[key] = label
 
 
-def parse_answer(text: str, table: Mapping[str, str], rule: AnswerFormat, *, extension: bool = False) -> ParsedAnswer:
+def fold(label: str, *, case: bool = False) -> str:
+    """The form in which labels are compared: no outer blanks and, unless `case` matters, no case."""
+    return label.strip() if case else label.strip().casefold()
+
+
+def parse_answer(
+    text: str, table: Mapping[str, str], rule: AnswerFormat, *, extension: bool = False, case: bool = False
+) -> ParsedAnswer:
     """Read one decoded answer (`skip_special_tokens=True`).
 
-    `table` comes from `label_table`; `extension` says that the task asks for an `<extension>`.
+    `table` comes from `label_table`, with the same `case`; `extension`: the task asks for an `<extension>`.
     """
     text = _without_end_tokens(text)
     if rule is AnswerFormat.STRICT:
-        return _parse_strict(text, table, extension)
-    found = (table.get(fold(match[1])) for match in _CLASS.finditer(text))
+        return _parse_strict(text, table, extension, case)
+    found = (table.get(fold(match[1], case=case)) for match in _CLASS.finditer(text))
     label = next((known for known in found if known is not None), None)
-    return ParsedAnswer(label is not None, label, _first_body(text, "think"), _first_body(text, "extension"))
+    fault = None if label is not None else "no legal label in a <class> tag"
+    return ParsedAnswer(label is not None, label, _first_body(text, "think"), _first_body(text, "extension"), fault)
 
 
-def _parse_strict(text: str, table: Mapping[str, str], extension: bool) -> ParsedAnswer:
+def _parse_strict(text: str, table: Mapping[str, str], extension: bool, case: bool) -> ParsedAnswer:
     bodies: list[str] = []
     lowered = text.lower()
     rest = text.strip()
     for tag in ("think", "class", *(("extension",) if extension else ())):
         opening, closing = f"<{tag}>", f"</{tag}>"
-        once = lowered.count(opening) == 1 and lowered.count(closing) == 1
         body, closed, after = rest.removeprefix(opening).partition(closing)
-        if not (once and rest.startswith(opening) and closed and body.strip()):
-            return ParsedAnswer(False, None, None, None)
+        counts = lowered.count(opening), lowered.count(closing)
+        if counts != (1, 1):
+            return _malformed(f"{counts[0]} {opening} and {counts[1]} {closing}, expected one each")
+        if not rest.startswith(opening) or not closed:
+            return _malformed(f"{opening} is out of order, or text stands before it")
+        if not body.strip():
+            return _malformed(f"{opening} is empty")
         bodies.append(body.strip())
         rest = after.strip()
     if rest:
-        return ParsedAnswer(False, None, None, None)
-    return ParsedAnswer(True, table.get(fold(bodies[1])), bodies[0], bodies[2] if extension else None)
+        return _malformed(f"text after the last tag: {rest[:20]!r}")
+    return ParsedAnswer(True, table.get(fold(bodies[1], case=case)), bodies[0], bodies[2] if extension else None)
+
+
+def _malformed(fault: str) -> ParsedAnswer:
+    return ParsedAnswer(False, None, None, None, fault)
 
 
 def _first_body(text: str, tag: str) -> str | None:

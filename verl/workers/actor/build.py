@@ -51,7 +51,8 @@ def build_policy(
         reduce_dtype=compute_dtype(precision.reduce_dtype, device),
         offload=offload and device == "cuda",
     )
-    return shard(policy if spec.offload else policy.to(device), build_mesh(device, fsdp.fsdp_size), spec)
+    # fully_shard moves block by block: the whole model never stands on one device
+    return shard(policy, build_mesh(device, fsdp.fsdp_size), spec)
 
 
 def build_runner(policy: Policy, patches: PatchSource, device: str, temperature: float) -> PackedRunner:

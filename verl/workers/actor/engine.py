@@ -116,8 +116,13 @@ class TrainEngine:
     ) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches of a mini-batch with `tokens` response tokens in all.
 
+        Without micro-batches (every answer of the mini-batch failed) nothing is computed but the clock moves on.
         Returns this rank's metric sums (add them over ranks) and `grad_norm`, `lr`, `skipped` (equal on all ranks).
         """
+        if not micro_batches:
+            self.steps += 1
+            self.skipped += 1
+            return {"grad_norm": 0.0, "lr": self.spec.lr * lr_factor(self.steps - 1, self.spec), "skipped": 1.0}
         world = dist.get_world_size()
         pending: list[dict[str, Tensor]] = []
         for number, groups in enumerate(micro_batches):
@@ -164,8 +169,11 @@ class TrainEngine:
         return {"grad_norm": norm, "lr": lr, "skipped": 0.0 if finite else 1.0}
 
 
-def full_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and full tensors, one gather at a time, a tied head once. Every rank must iterate."""
+def full_parameters(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face names and full tensors, one gather at a time, a tied head once. Every rank must iterate.
+
+    Cast to `dtype`, if given, before the gather, so that half precision travels as such.
+    """
     for name, parameter in policy.hf.named_parameters():
-        value = parameter.detach()
+        value = parameter.detach() if dtype is None else parameter.detach().to(dtype)
         yield name, value.full_tensor() if isinstance(value, DTensor) else value

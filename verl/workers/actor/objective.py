@@ -117,9 +117,15 @@ class PolicyObjective:
 
 def _sampler_mismatch(log_probs: Tensor, rollout: Tensor, share: float) -> Metrics:
     """How far the sampler's probabilities of its own tokens lie from the trainer's, before any update."""
-    difference = (log_probs.exp() - rollout.exp()).abs()
+    p, q = log_probs.double().exp(), rollout.double().exp()
+    difference = (p - q).abs()
     log_ratio = log_probs - rollout
     return {
+        "rollout_p_sum": p.sum(),
+        "rollout_q_sum": q.sum(),
+        "rollout_pp_sum": p.square().sum(),
+        "rollout_qq_sum": q.square().sum(),
+        "rollout_pq_sum": (p * q).sum(),
         "rollout_probs_diff_sum": difference.sum(),
         "rollout_probs_diff_squares": difference.square().sum(),
         "rollout_probs_diff_max": difference.max(),

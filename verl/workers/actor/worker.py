@@ -107,7 +107,7 @@ class ActorWorker:
     def publish_weights(self) -> list[StoredBucket]:
         """Put the weights where rollout workers read them; rank 0 returns the buckets, the others an empty list."""
         dtype = compute_dtype(self.config.actor_rollout_ref.rollout.dtype, self.device)
-        return publish(full_parameters(self.engine.policy), dtype, keep=self.rank == 0)
+        return publish(full_parameters(self.engine.policy, dtype), dtype, keep=self.rank == 0)
 
     def save(self, checkpoint: Checkpoint) -> dict[str, int]:
         """Write into the checkpoint's folder; returns the engine's clock."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,12 +34,18 @@ class Sampling:
         return not self.do_sample or self.temperature == 0.0
 
 
+OnFinished = Callable[[int, int, Response], None]
+"""Called with (place of the prompt, answer index, answer) when an answer has ended; must return soon."""
+
+
 class RolloutEngine(Protocol):
     """Generates answers and takes new weights."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int) -> list[list[Response]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int, on_finished: OnFinished | None = None
+    ) -> list[list[Response]]:
         """`sampling.n` answers for each prompt, in order. The same (seed, step, uid, answer index) gives the same
-        noise, whatever else is in the batch."""
+        noise, whatever else is in the batch. `on_finished` hears of each answer once, as soon as it has ended."""
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verl.models.attention import plan_for
 from verl.models.decode import DecodePlan, PrefillPlan
 from verl.models.log_probs import policy_logits
 from verl.models.policy import Policy, make_inputs
 from verl.packing.layout import PackedBatch, pack
 from verl.protocol import Prompt, Response, StopReason, TrainGroup
 from verl.utils.dataset.patches import PatchSource
-from verl.workers.rollout.base import Sampling, sampling_noise
+from verl.workers.rollout.base import OnFinished, Sampling, sampling_noise
 
 
 class HFEngine:
@@ -35,16 +34,22 @@ class HFEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         own = dict(self.policy.hf.named_parameters())
+        stale = set(own)
         for name, value in weights:
             assert own[name].shape == value.shape, f"{name}: {tuple(own[name].shape)} here, got {tuple(value.shape)}"
             own[name].data.copy_(value)
+            stale.discard(name)
+        assert not stale, f"{len(stale)} weights did not arrive, e.g. {sorted(stale)[:3]}"
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int) -> list[list[Response]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int, on_finished: OnFinished | None = None
+    ) -> list[list[Response]]:
         together = max(1, self.batch_size // sampling.n)
         answers: list[list[Response]] = []
         for start in range(0, len(prompts), together):
-            answers += self._generate_chunk(prompts[start : start + together], sampling, step)
+            report = None if on_finished is None else _numbered_from(start, on_finished)
+            answers += self._generate_chunk(prompts[start : start + together], sampling, step, report)
         return answers
 
     def _prefill(self, prompts: Sequence[Prompt]) -> tuple[PackedBatch, PrefillPlan, Tensor]:
@@ -56,14 +61,16 @@ class HFEngine:
             merge_size=config.vision_config.spatial_merge_size,
         )
         device = self.policy.banned.device
-        plan = PrefillPlan(plan_for(batch, device), batch)
         inputs = make_inputs(batch, self.patches(batch.image_keys), self.patches.dim, device)
+        plan = PrefillPlan(inputs.plan, batch)
         embeds = self.policy.embed(inputs.token_ids, inputs.patches, inputs.grids, inputs.image_index)
         hidden = self.policy.hidden(embeds, inputs.positions, plan)
         ends = torch.from_numpy(batch.group_bounds[1:] - 1).to(device)
         return batch, plan, hidden[ends]
 
-    def _generate_chunk(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[list[Response]]:
+    def _generate_chunk(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, report: OnFinished | None
+    ) -> list[list[Response]]:
         batch, prefill, last = self._prefill(prompts)
         n, device = sampling.n, last.device
         ends = batch.group_bounds[1:] - 1
@@ -78,6 +85,9 @@ class HFEngine:
         hidden = last.repeat_interleave(n, dim=0)
         while True:
             tokens = state.draw(self._logits(hidden, sampling))
+            if report is not None:
+                for row, response in state.just_ended():
+                    report(*divmod(row, n), response)
             alive = state.alive_groups()
             if len(alive) == 0:
                 return state.responses()
@@ -95,6 +105,10 @@ class HFEngine:
         temperature = 1.0 if sampling.greedy else sampling.temperature
         logits = policy_logits(hidden, self.policy.vocabulary, self.policy.banned, temperature)
         return logits if sampling.greedy else filter_logits(logits, sampling.top_k, sampling.top_p)
+
+
+def _numbered_from(start: int, on_finished: OnFinished) -> OnFinished:
+    return lambda prompt, answer, response: on_finished(start + prompt, answer, response)
 
 
 def _next_positions(batch: PackedBatch, ends: np.ndarray) -> np.ndarray:
@@ -130,11 +144,16 @@ class _Answers:
         self.rows = torch.arange(total, device=device)  # rows of the chunk that are still decoded
         self.limit = torch.from_numpy(limit).to(device)
         self.done = torch.zeros(total, dtype=torch.bool, device=device)
-        self.tokens: list[tuple[Tensor, Tensor, Tensor]] = []  # per step: rows that were alive, their ids and log-probs
+        self.step = 0
+        longest = int(limit.max())
+        self.ids = torch.zeros(total, longest, dtype=torch.int32, device=device)
+        self.log_probs = torch.zeros(total, longest, dtype=torch.float32, device=device)
+        self.lengths = torch.zeros(total, dtype=torch.long, device=device)
         self.stopped = torch.zeros(total, dtype=torch.bool, device=device)
+        self.ended = self.rows[:0]  # rows that ended in the last step
         if not self.greedy:
             noise = [
-                sampling_noise(sampling.seed, step, prompt.uid, answer, int(limit.max()))
+                sampling_noise(sampling.seed, step, prompt.uid, answer, longest)
                 for prompt in prompts
                 for answer in range(self.n)
             ]
@@ -143,19 +162,26 @@ class _Answers:
     def draw(self, logits: Tensor) -> Tensor:
         """One token for every row, (B,); rows that have ended draw too, unrecorded."""
         log_probs = logits.log_softmax(-1)
-        step = len(self.tokens)
         if self.greedy:
             tokens = log_probs.argmax(-1)
         else:
-            tokens = inverse_cdf(log_probs, self.noise[self.rows, step])
+            tokens = inverse_cdf(log_probs, self.noise[self.rows, self.step])
         alive = ~self.done[self.rows]
         rows = self.rows[alive]
         chosen = log_probs.gather(-1, tokens[:, None])[:, 0]
-        self.tokens.append((rows, tokens[alive], chosen[alive]))
+        self.ids[rows, self.step] = tokens[alive].int()
+        self.log_probs[rows, self.step] = chosen[alive].float()
+        self.step += 1
+        self.lengths[rows] = self.step
         stop = torch.isin(tokens[alive], self.stop_ids)
         self.stopped[rows] = stop
-        self.done[rows] = stop | (step + 1 >= self.limit[rows])
+        self.done[rows] = stop | (self.step >= self.limit[rows])
+        self.ended = rows[self.done[rows]]
         return tokens
+
+    def just_ended(self) -> list[tuple[int, Response]]:
+        """Row and answer of those that ended with the last token drawn."""
+        return list(zip(self.ended.tolist(), self._responses(self.ended), strict=True))
 
     def alive_groups(self) -> Tensor:
         """Indices, among the groups still decoded, of those with an answer that has not ended."""
@@ -165,18 +191,16 @@ class _Answers:
         self.rows = self.rows[answers]
 
     def responses(self) -> list[list[Response]]:
-        total = self.groups * self.n
-        rows = torch.cat([r for r, _, _ in self.tokens]).cpu().numpy()
-        ids = torch.cat([t for _, t, _ in self.tokens]).cpu().numpy().astype(np.int32)
-        log_probs = torch.cat([p for _, _, p in self.tokens]).float().cpu().numpy()
-        order = np.argsort(rows, kind="stable")  # steps stay in order inside a row
-        bounds = np.cumsum(np.bincount(rows, minlength=total))[:-1]
-        stopped = self.stopped.cpu().numpy()
-        flat = [
-            Response(t, p, StopReason.EOS if s else StopReason.LENGTH)
-            for t, p, s in zip(np.split(ids[order], bounds), np.split(log_probs[order], bounds), stopped, strict=True)
+        """All answers, by prompt."""
+        flat = self._responses(torch.arange(self.groups * self.n, device=self.ids.device))
+        return [flat[i : i + self.n] for i in range(0, len(flat), self.n)]
+
+    def _responses(self, rows: Tensor) -> list[Response]:
+        ids, log_probs = self.ids[rows].cpu().numpy(), self.log_probs[rows].cpu().numpy()
+        return [
+            Response(t[:n].copy(), p[:n].copy(), StopReason.EOS if s else StopReason.LENGTH)
+            for t, p, n, s in zip(ids, log_probs, self.lengths[rows].tolist(), self.stopped[rows].tolist(), strict=True)
         ]
-        return [flat[i : i + self.n] for i in range(0, total, self.n)]
 
 
 def inverse_cdf(log_probs: Tensor, uniforms: Tensor) -> Tensor:

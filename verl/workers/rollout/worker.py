@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -13,13 +14,14 @@ from verl.protocol import Prompt, Response
 from verl.utils.dataset.images import ImageSpec
 from verl.utils.dataset.patches import open_patches
 from verl.workers.rollout.base import RolloutEngine, Sampling
+from verl.workers.rollout.forward import Forwarder, Sink
 from verl.workers.rollout.hf import HFEngine
 from verl.workers.runtime import compute_dtype, import_external, memory_metrics, resolve_device
 from verl.workers.weight_sync.shared_memory import StoredBucket, read
 
 
-def build_engine(config: PPOConfig, stores: Sequence[Path]) -> RolloutEngine:
-    """The engine that `actor_rollout_ref.rollout.name` asks for."""
+def build_engine(config: PPOConfig, stores: Sequence[Path]) -> tuple[RolloutEngine, Any]:
+    """The engine that `actor_rollout_ref.rollout.name` asks for, and the tokenizer of its model."""
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
     if rollout.name != "hf":
         raise ValueError(f"actor_rollout_ref.rollout.name={rollout.name} is not implemented yet: use hf")
@@ -31,7 +33,8 @@ def build_engine(config: PPOConfig, stores: Sequence[Path]) -> RolloutEngine:
         folder, tokenizer, dtype=compute_dtype(rollout.dtype, device), overrides=model.override_config
     ).to(device)
     patches = open_patches(stores, ImageSpec.from_pretrained(folder))
-    return HFEngine(policy, patches, stop_ids=stop_ids(folder, tokenizer), batch_size=rollout.hf_batch_size)
+    engine = HFEngine(policy, patches, stop_ids=stop_ids(folder, tokenizer), batch_size=rollout.hf_batch_size)
+    return engine, tokenizer
 
 
 class RolloutWorker:
@@ -39,13 +42,22 @@ class RolloutWorker:
 
     def __init__(self, config: PPOConfig, stores: Sequence[Path]) -> None:
         self.device = resolve_device(config.trainer.device)
-        self.engine = build_engine(config, stores)
+        self.engine, self.tokenizer = build_engine(config, stores)
 
     def load(self, buckets: Sequence[StoredBucket]) -> None:
         self.engine.load_weights(read(buckets))
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[list[Response]]:
-        return self.engine.generate(prompts, sampling, step=step)
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, sink: Sink | None = None, first: int = 0
+    ) -> list[list[Response]]:
+        """`sampling.n` answers for each prompt. With a `sink` they go there too, each as soon as it has ended; `first`
+        is the number of the first prompt in the batch that the sink belongs to."""
+        if sink is None:
+            return self.engine.generate(prompts, sampling, step=step)
+        with Forwarder(sink, self.tokenizer, first=first) as forward:
+            responses = self.engine.generate(prompts, sampling, step=step, on_finished=forward)
+            forward.rest(responses)
+        return responses
 
     def memory(self) -> dict[str, float]:
         return memory_metrics(self.device)

@@ -6,6 +6,7 @@ The actor's rank 0 writes flat buckets; every rollout worker reads them without 
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -29,11 +30,13 @@ class StoredBucket:
 
 def publish(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, keep: bool) -> list[StoredBucket]:
     """Write weights to the object store. Every rank iterates (gathering is collective); only one needs `keep`."""
+    if not keep:
+        deque(weights, maxlen=0)
+        return []
     stored = []
     for bucket in fill_buckets(weights, dtype=dtype, max_bytes=_BUCKET_BYTES):
-        if keep:
-            raw = bucket.flat.cpu().view(torch.uint8).numpy()
-            stored.append(StoredBucket(bucket.slots, dtype, ray.put(raw)))
+        raw = bucket.flat.cpu().view(torch.uint8).numpy()
+        stored.append(StoredBucket(bucket.slots, dtype, ray.put(raw)))
     return stored
 
 

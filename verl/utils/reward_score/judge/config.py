@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 class JudgeConfig:
     """An OpenAI-compatible chat server and the limits under which it is asked.
 
-    The time one answer can take is at most `queue_timeout_s + timeout_s`, whatever the server does.
+    The time one answer can take is at most `2 x queue_timeout_s + timeout_s`, whatever the server does.
     Raises ValueError naming the key for a value that is not legal.
     Example: `JudgeConfig(base_url="http://127.0.0.1:8000/v1", model="my-model", api_key_env=None)`
     """
@@ -38,7 +38,7 @@ class JudgeConfig:
     attempt_timeout_s: float = 30.0
     """One HTTP request, in seconds."""
     queue_timeout_s: float = 600.0
-    """Waiting for a slot under the three limits below, in seconds."""
+    """Waiting for one of `max_concurrent` slots, and then again for room under `max_rpm` and `max_tpm`, in seconds."""
     max_retries: int = 4
     """Further requests for one answer after the first."""
     backoff_s: float = 1.0

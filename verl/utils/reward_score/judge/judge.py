@@ -5,7 +5,7 @@ One `LLMJudge` lives in one event loop and holds all limits; other tasks, thread
 
 Invariants
 - A failure is an exception of a kind, never a number, and is never cached.
-- A call ends within `queue_timeout_s + timeout_s`, whatever the server does.
+- A call ends within `2 x queue_timeout_s + timeout_s`, whatever the server does: it queues for a slot, then for the rates.
 - An answer costs at most 2 x (`max_retries` + 1) requests (twice only while it is not yet known whether the server
   takes a json schema), and none when its verdict is known or being asked for.
 - A refused key, an empty account or a wrong model name ends the asking: later calls fail at once with the same message.

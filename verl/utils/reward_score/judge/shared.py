@@ -1,6 +1,7 @@
-"""One judge per process and config, callable from any thread and any event loop.
+"""One judge per config, callable from any thread and any event loop.
 
-This is the seam for one judge per cluster: whoever holds a `Judge` does not see where its client lives.
+It lives in this process unless `use_judges` names another place: a worker of the reward pool asks the one judge of the
+whole run. Whoever holds a `Judge` does not see where its client lives.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+from collections.abc import Callable
 
 from verl.utils.event_loop import LoopThread
 from verl.utils.reward_score.judge.config import JudgeConfig
-from verl.utils.reward_score.judge.judge import LLMJudge, Verdict
+from verl.utils.reward_score.judge.judge import Judge, LLMJudge, Verdict
 from verl.utils.reward_score.judge.rubric import JudgeRequest
 
 
@@ -35,8 +37,19 @@ class SharedJudge:
         return self._judge.metrics()
 
 
-def shared_judge(config: JudgeConfig) -> SharedJudge:
-    """The judge of this process for that config. Raises ValueError when its cache file cannot be used."""
+_elsewhere: Callable[[JudgeConfig], Judge] | None = None
+
+
+def use_judges(find: Callable[[JudgeConfig], Judge] | None) -> None:
+    """From now on `shared_judge` in this process asks `find`; None: judges of this process again."""
+    global _elsewhere
+    _elsewhere = find
+
+
+def shared_judge(config: JudgeConfig) -> Judge:
+    """The judge for that config. Raises ValueError when its cache file cannot be used."""
+    if _elsewhere is not None:
+        return _elsewhere(config)
     # By process: a forked child inherits the object but not its thread.
     return _shared(config, os.getpid())
 

@@ -1,0 +1,209 @@
+"""Scores one answer by the parts that a task or the config declares.
+
+Invariants
+- `total` is the sum of weight x value over the parts whose conditions hold; a part left out is not in `Score.parts`.
+- A part that could not be computed fails the whole answer, with that part's reason: nothing is put in its place.
+- The judge is asked only where its part counts, and never about an answer without an `<extension>`.
+- With the published parts the result equals `LabelScorer`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from verl.protocol import Score
+from verl.utils.reward_score.adapter import RewardFunction
+from verl.utils.reward_score.custom import CustomFunction
+from verl.utils.reward_score.judge import Judge, JudgeError, JudgeRequest, Rubric
+from verl.utils.reward_score.labels import LabelScorer
+from verl.utils.reward_score.parts import PartKind, RewardPart, check_parts
+from verl.utils.reward_score.returns import failed
+from verl.utils.reward_score.tags import AnswerFormat, ParsedAnswer, fold
+
+RESPONSE_TOKENS = "response_tokens"
+"""Key of `extra_info` that holds the answer's length in tokens."""
+
+
+def overlong(tokens: int, *, max_tokens: int, buffer: int) -> float:
+    """0 up to `max_tokens - buffer` tokens, then falling to -1 at `max_tokens` (DAPO, arXiv 2503.14476, eq. 13)."""
+    return max(-1.0, min(0.0, (max_tokens - buffer - tokens) / buffer))
+
+
+class Composite:
+    """The reward of one data source.
+
+    `scorer` brings classes, default rule and whether the task asks for an extension. `judge` is None where no part
+    asks one. `max_tokens` is the default limit of length parts. `make_function` wraps a custom part's function.
+    Raises ValueError, naming the key, for parts that cannot work for this source.
+    """
+
+    def __init__(
+        self,
+        scorer: LabelScorer,
+        parts: Sequence[RewardPart],
+        *,
+        judge: Judge | None = None,
+        max_tokens: int | None = None,
+        make_function: Callable[[CustomFunction], RewardFunction] | None = None,
+    ) -> None:
+        check_parts(parts)
+        self.scorer = scorer
+        self.parts = tuple(parts)
+        self._judge = judge
+        self._max_tokens = max_tokens
+        self._reader = _reader(scorer, parts, PartKind.FORMAT, scorer)
+        self._labels = _reader(scorer, parts, PartKind.LABEL, self._reader)
+        if self._reader.answer_format is AnswerFormat.LOOSE:
+            # The loose rule asks for a legal label, so it needs the label part's spellings.
+            self._reader = dataclasses.replace(self._labels, answer_format=AnswerFormat.LOOSE)
+        self._rubrics: dict[str, Rubric] = {}
+        self._functions: dict[str, RewardFunction] = {}
+        for part in self.parts:
+            self._prepare(part, make_function or _plain_function)
+
+    def _prepare(self, part: RewardPart, make_function: Callable[[CustomFunction], RewardFunction]) -> None:
+        where, options = f"reward.parts.{part.name}", part.options
+        if part.kind is PartKind.SOFT:
+            if self._judge is None:
+                raise ValueError(f"{where} asks a judge: set reward.judge.enable=True, or {where}=null")
+            if not self.scorer.extension:
+                raise ValueError(f"{where}: {self.scorer.data_source} asks for no <extension> that could be judged")
+            self._rubrics[part.name] = _rubric(options.get("rubric"), where)
+        elif part.kind is PartKind.LENGTH:
+            limit, buffer = options.get("max_tokens", self._max_tokens), options.get("buffer")
+            if not isinstance(limit, int) or not isinstance(buffer, int) or not 0 < buffer <= limit:
+                raise ValueError(f"{where}: buffer={buffer} must lie between 1 and max_tokens={limit}")
+        elif part.kind is PartKind.CUSTOM:
+            if not isinstance(options.get("path"), str):
+                raise ValueError(f"{where}.path={options.get('path')!r}: name a python file with the function")
+            function = CustomFunction(
+                options["path"], options.get("function", "compute_score"), options.get("reward_kwargs") or {}
+            )
+            self._functions[part.name] = make_function(function)
+
+    @property
+    def needs_loop(self) -> bool:
+        """Some part waits: for a judge, for a coroutine, or within a time limit."""
+        return bool(self._rubrics) or any(f.needs_loop for f in self._functions.values())
+
+    @property
+    def is_async(self) -> bool:
+        """Some part waits for a judge or a coroutine."""
+        return bool(self._rubrics) or any(f.is_async for f in self._functions.values())
+
+    @property
+    def runs_user_code(self) -> bool:
+        """Some part is a user's function."""
+        return bool(self._functions)
+
+    def read(self, text: str) -> tuple[ParsedAnswer, ParsedAnswer]:
+        """The answer as the format part and as the label part read it."""
+        answer = self._reader.read(text)
+        return answer, answer if self._labels == self._reader else self._labels.read(text)
+
+    def score_now(self, text: str, ground_truth: str, extra_info: Mapping[str, Any]) -> Score:
+        """As `score`, where no part waits."""
+        assert not self.needs_loop, f"{self.scorer.data_source}: a part waits, use score"
+        coroutine = self.score(text, ground_truth, extra_info)
+        try:
+            coroutine.send(None)
+        except StopIteration as done:
+            found: Score = done.value
+            return found
+        raise AssertionError(f"{self.scorer.data_source}: a part waited")
+
+    async def score(self, text: str, ground_truth: str, extra_info: Mapping[str, Any]) -> Score:
+        """Score one decoded answer. Raises ValueError for a ground truth that is no label of the task."""
+        truth = self.scorer.classes[self.scorer.label_id(ground_truth)]
+        formed, answer = self.read(text)
+        total = 0.0
+        parts: dict[str, float] = {}
+        extra: dict[str, Any] = {}
+        for part in self.parts:
+            if any(parts.get(name) != 1.0 for name in part.when):
+                continue
+            if part.kind is PartKind.FORMAT:
+                value = float(formed.well_formed)
+            elif part.kind is PartKind.LABEL:
+                value = float(answer.label == truth)
+            elif part.kind is PartKind.LENGTH:
+                value = self._length(part, extra_info)
+            else:
+                found = await self._waited(part, text, ground_truth, answer, extra_info)
+                if not found.is_ok:
+                    return found
+                value = found.total
+                extra |= found.extra
+            parts[part.name] = value
+            total += part.weight * value
+        return Score.ok(total, parts, answer.label, extra)
+
+    def _length(self, part: RewardPart, extra_info: Mapping[str, Any]) -> float:
+        if RESPONSE_TOKENS not in extra_info:
+            raise ValueError(
+                f"reward.parts.{part.name} needs the answer's length: give extra_info[{RESPONSE_TOKENS!r}]"
+            )
+        options = part.options
+        limit = options.get("max_tokens", self._max_tokens)
+        return overlong(extra_info[RESPONSE_TOKENS], max_tokens=limit, buffer=options["buffer"])
+
+    async def _waited(
+        self, part: RewardPart, text: str, ground_truth: str, answer: ParsedAnswer, extra_info: Mapping[str, Any]
+    ) -> Score:
+        if part.name in self._rubrics:
+            return await self._soft(part, answer)
+        function = self._functions[part.name]
+        source = self.scorer.data_source
+        if function.needs_loop:
+            return await function.score_async(
+                data_source=source, solution_str=text, ground_truth=ground_truth, extra_info=extra_info
+            )
+        return function.score(data_source=source, solution_str=text, ground_truth=ground_truth, extra_info=extra_info)
+
+    async def _soft(self, part: RewardPart, answer: ParsedAnswer) -> Score:
+        if not answer.extension:
+            return Score.ok(0.0)
+        fields = {"reasoning": answer.think or "", "class": answer.label or "", "extension": answer.extension}
+        assert self._judge is not None, f"{part.name} was prepared without a judge"
+        try:
+            verdict = await self._judge.judge(JudgeRequest(self._rubrics[part.name], fields))
+        except JudgeError as error:
+            return failed(error.kind, str(error))
+        return Score.ok(verdict.score, extra={"judge": dict(verdict.criteria), "capped": verdict.capped})
+
+
+def _reader(scorer: LabelScorer, parts: Sequence[RewardPart], kind: PartKind, default: LabelScorer) -> LabelScorer:
+    """The scorer with the options of the first part of that kind."""
+    options = next((part.options for part in parts if part.kind is kind), {})
+    rule = options.get("rule", default.answer_format.value)
+    try:
+        answer_format = AnswerFormat(rule)
+    except ValueError:
+        raise ValueError(f"unknown answer format {rule!r} of a {kind.value} part: use loose or strict") from None
+    if kind is PartKind.FORMAT:
+        return dataclasses.replace(scorer, answer_format=answer_format)
+    known = {fold(label): label for label in scorer.classes}
+    synonyms = {s: known.get(fold(str(label)), str(label)) for s, label in (options.get("synonyms") or {}).items()}
+    return dataclasses.replace(
+        scorer, answer_format=answer_format, synonyms=synonyms, case=bool(options.get("case", False))
+    )
+
+
+def _rubric(value: Any, where: str) -> Rubric:
+    """A rubric as declared in a task file, or as a mapping with its fields in a config."""
+    if isinstance(value, Rubric):
+        return value
+    if not isinstance(value, Mapping) or not {"name", "task", "criteria"} <= set(value):
+        raise ValueError(f"{where}.rubric={value!r}: give name, task and criteria (key -> meaning)")
+    try:
+        settings = {**value, "criteria": tuple(dict(value["criteria"]).items())}
+        phrases = tuple(settings.pop("stock_phrases", ()))
+        return Rubric(**settings, stock_phrases=phrases)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}.rubric: {error}") from error
+
+
+def _plain_function(custom: CustomFunction) -> RewardFunction:
+    return RewardFunction(custom.load(), name=f"{custom.path}:{custom.name}", reward_kwargs=dict(custom.reward_kwargs))

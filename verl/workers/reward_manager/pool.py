@@ -1,0 +1,296 @@
+"""The reward pool: Ray processes that score answers while others are still written.
+
+One hub deals answers to the workers (`dispatch.py`), and starts the one judge that all workers ask, so that its limits
+hold for the run. All of them ask Ray for no CPU. Rollout workers send finished answers straight to the hub.
+
+Invariants
+- The scores are those of the same `RewardManager` in one process.
+- A plain function runs in its worker's main thread; a call above the time limit ends with its process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from verl.protocol import Prompt, Score
+from verl.utils.reward_score.judge import JudgeConfig, JudgeError, JudgeRequest, LLMJudge, Verdict
+from verl.utils.reward_score.judge.shared import use_judges
+from verl.utils.reward_score.returns import FailureKind
+from verl.workers.reward_manager.dispatch import (
+    Answer,
+    Collected,
+    Dispatcher,
+    DispatchPlan,
+    Scored,
+    WorkerLostError,
+    in_order,
+)
+from verl.workers.reward_manager.manager import RewardItem, RewardManager
+
+log = logging.getLogger(__name__)
+
+_SAY_EVERY = 30.0
+_GRACE_S = 5.0
+"""How much longer than its own limit a coroutine may be silent: then it blocks its event loop."""
+_SENT_TOGETHER = 2000
+_IN_FLIGHT = 256
+"""Answers of an async function or a judge that wait at once, over all workers."""
+
+
+def default_workers() -> int:
+    """One process per CPU core, at most 8."""
+    return min(8, os.cpu_count() or 1)
+
+
+class _Worker:
+    """A manager in a process of its own."""
+
+    def __init__(self, spec: dict[str, Any], hub: Any) -> None:
+        self._notes: list[str] = []
+        judges: dict[JudgeConfig, RemoteJudge] = {}
+        use_judges(lambda config: judges.setdefault(config, RemoteJudge(hub, config)))
+        self.manager = RewardManager(**spec, warn=self._notes.append)
+
+    def ready(self) -> int:
+        return os.getpid()
+
+    def _scored(self, scores: list[Score], begin: float) -> Scored:
+        notes, self._notes[:] = list(self._notes), []
+        return Scored(scores, time.perf_counter() - begin, notes)
+
+
+class PlainWorker(_Worker):
+    """Scores one answer after the other in the process's main thread, where signals work."""
+
+    def score(self, items: Sequence[RewardItem]) -> Scored:
+        begin = time.perf_counter()
+        return self._scored(self.manager.score_now(items), begin)
+
+
+class AsyncWorker(_Worker):
+    """Scores many answers at once in one event loop."""
+
+    async def ready(self) -> int:  # type: ignore[override]
+        return os.getpid()
+
+    async def score(self, items: Sequence[RewardItem]) -> Scored:
+        begin = time.perf_counter()
+        scores = await asyncio.gather(*(self.manager.score_one(item) for item in items))
+        return self._scored(list(scores), begin)
+
+
+class JudgeActor:
+    """The one `LLMJudge` of a config."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        self._config = config
+        self._judge: LLMJudge | None = None
+
+    async def judge(self, request: JudgeRequest) -> Verdict | tuple[str, str]:
+        """The verdict, or (kind, message): Ray would re-wrap an exception."""
+        if self._judge is None:
+            self._judge = LLMJudge(self._config)
+        try:
+            return await self._judge.judge(request)
+        except JudgeError as error:
+            return error.kind.value, str(error)
+
+    async def metrics(self) -> dict[str, float]:
+        return {} if self._judge is None else self._judge.metrics()
+
+
+class RemoteJudge:
+    """A worker's view of the judge."""
+
+    def __init__(self, hub: Any, config: JudgeConfig) -> None:
+        self._hub, self._config = hub, config
+        self._actor: Any = None
+
+    async def judge(self, request: JudgeRequest) -> Verdict:
+        """As `LLMJudge.judge`."""
+        if self._actor is None:
+            self._actor = await self._hub.judge_for.remote(self._config)
+        found = await self._actor.judge.remote(request)
+        if isinstance(found, Verdict):
+            return found
+        kind, message = found
+        raise JudgeError(FailureKind(kind), message)
+
+
+class _RayWorker:
+    """A scoring worker behind a Ray actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def score(self, items: Sequence[RewardItem]) -> Scored:
+        try:
+            found: Scored = await self._actor.score.remote(items)
+        except RayActorError as error:
+            raise WorkerLostError(str(error).splitlines()[0]) from None
+        return found
+
+    def kill(self) -> None:
+        ray.kill(self._actor, no_restart=True)
+
+
+class RewardHub:
+    """The actor that holds the dispatcher, and the handles of workers and judges."""
+
+    def __init__(self, spec: dict[str, Any], plan: DispatchPlan) -> None:
+        self._spec = spec
+        self._worker_class = AsyncWorker if plan.waiting else PlainWorker
+        self._concurrency = plan.in_flight + 2 if plan.waiting else 1
+        self._dispatcher = Dispatcher(self._spawn, plan)
+        self._judges: dict[JudgeConfig, Any] = {}
+        self._pids: dict[int, int] = {}
+
+    async def _spawn(self) -> _RayWorker:
+        options: dict[str, Any] = {"num_cpus": 0}
+        if self._worker_class is AsyncWorker:
+            options["max_concurrency"] = self._concurrency
+        actor = ray.remote(self._worker_class).options(**options)
+        actor = actor.remote(self._spec, ray.get_runtime_context().current_actor)
+        pid = await actor.ready.remote()
+        self._pids[pid] = len(self._pids)
+        return _RayWorker(actor)
+
+    async def start(self) -> list[int]:
+        """Start the workers; their process ids."""
+        await self._dispatcher.start()
+        return list(self._pids)
+
+    async def judge_for(self, config: JudgeConfig) -> Any:
+        """The handle of the one judge of that config."""
+        if config not in self._judges:
+            actor = ray.remote(JudgeActor).options(num_cpus=0, max_concurrency=10_000)
+            self._judges[config] = actor.remote(config)
+        return self._judges[config]
+
+    async def open(self, prompts: Sequence[Prompt]) -> int:
+        return self._dispatcher.open(prompts)
+
+    async def submit(self, ticket: int, answers: Sequence[Answer]) -> None:
+        self._dispatcher.submit(ticket, answers)
+
+    async def progress(self, ticket: int) -> int:
+        return self._dispatcher.progress(ticket)
+
+    async def collect(self, ticket: int, count: int) -> Collected:
+        found = await self._dispatcher.collect(ticket, count)
+        for judge in self._judges.values():
+            found.metrics.update(await judge.metrics.remote())
+        return found
+
+    async def close(self) -> None:
+        self._dispatcher.close()
+
+
+@dataclass(frozen=True)
+class AnswerSink:
+    """Where a rollout worker sends finished answers; can be pickled. Sending does not wait."""
+
+    hub: Any
+    ticket: int
+
+    def send(self, answers: Sequence[Answer]) -> None:
+        self.hub.submit.remote(self.ticket, answers)
+
+
+class RewardPool:
+    """The driver's handle on a pool that scores like `manager`; `timeout` bounds the wait for one batch, in seconds."""
+
+    def __init__(self, manager: RewardManager, *, workers: int, timeout: float) -> None:
+        self._manager, self._timeout = manager, timeout
+        plan = dispatch_plan(manager, workers)
+        self._hub = ray.remote(RewardHub).options(num_cpus=0, max_concurrency=10_000).remote(manager.spec, plan)
+        self._started = self._hub.start.remote()
+
+    def ready(self, timeout: float) -> list[int]:
+        """Wait until all workers run; their process ids."""
+        pids: list[int] = ray.get(self._started, timeout=timeout)
+        return pids
+
+    def open(self, prompts: Sequence[Prompt]) -> AnswerSink:
+        """Begin a batch: answers to these prompts, numbered from 0, may now be sent."""
+        return AnswerSink(self._hub, ray.get(self._hub.open.remote([_light(p) for p in prompts])))
+
+    def collect(self, sink: AnswerSink, counts: Sequence[int]) -> tuple[list[Score], dict[str, float]]:
+        """Wait until all answers of the batch are scored; `counts` are the answers of each prompt.
+
+        Returns the scores prompt by prompt, and the pool's metrics. Raises RewardFailureRateError as the manager does.
+        """
+        found = self._wait(sink, sum(counts))
+        for note in found.notes:
+            log.warning("%s", note)
+        scores = in_order(found.scores, counts)
+        self._manager.check_rate(scores)
+        return scores, found.metrics
+
+    def score(self, items: Sequence[RewardItem]) -> list[Score]:
+        """Score answers that are there already."""
+        prompts = list({id(item.prompt): item.prompt for item in items}.values())
+        number = {id(prompt): i for i, prompt in enumerate(prompts)}
+        sink = self.open(prompts)
+        taken = [0] * len(prompts)
+        answers, places = [], []
+        for item in items:
+            i = number[id(item.prompt)]
+            answers.append(Answer(i, taken[i], item.text, item.tokens or 0))
+            places.append((i, taken[i]))
+            taken[i] += 1
+        for start in range(0, len(answers), _SENT_TOGETHER):
+            sink.send(answers[start : start + _SENT_TOGETHER])
+        scores, _ = self.collect(sink, taken)
+        by_place = dict(zip(((i, k) for i, n in enumerate(taken) for k in range(n)), scores, strict=True))
+        return [by_place[place] for place in places]
+
+    def _wait(self, sink: AnswerSink, count: int) -> Collected:
+        ref, begin = self._hub.collect.remote(sink.ticket, count), time.monotonic()
+        while not ray.wait([ref], timeout=_SAY_EVERY)[0]:
+            waited = time.monotonic() - begin
+            done = ray.get(self._hub.progress.remote(sink.ticket), timeout=_SAY_EVERY)
+            if waited > self._timeout:
+                raise TimeoutError(f"reward pool: {done} of {count} answers scored after {waited:.0f} s")
+            log.warning("waiting for the reward pool: %d of %d answers scored (%.0f s)", done, count, waited)
+        found: Collected = ray.get(ref)
+        return found
+
+    def close(self) -> None:
+        """End hub, workers and judges: Ray ends what the hub started with it."""
+        ray.kill(self._hub, no_restart=True)
+
+
+def dispatch_plan(manager: RewardManager, workers: int) -> DispatchPlan:
+    """How to score what that manager scores."""
+    limit = manager.timeout_s if manager.runs_user_code else None
+    if manager.is_async:
+        # Judge and coroutines keep their own limits; this one is for a call that blocks the worker's event loop.
+        judge = manager.judge if manager.asks_judge else None
+        limit = (limit or 0.0) + (2 * judge.queue_timeout_s + judge.timeout_s if judge else 0.0) + _GRACE_S
+    return DispatchPlan(
+        workers=workers, waiting=manager.is_async, limit_s=limit, in_flight=max(1, _IN_FLIGHT // workers)
+    )
+
+
+def _light(prompt: Prompt) -> Prompt:
+    """What a score needs of a prompt: its token ids stay here."""
+    return Prompt(
+        uid=prompt.uid,
+        row=prompt.row,
+        data_source=prompt.data_source,
+        token_ids=prompt.token_ids[:0],
+        image_keys=(),
+        image_grids=(),
+        ground_truth=prompt.ground_truth,
+        extra_info=prompt.extra_info,
+    )
