@@ -14,6 +14,7 @@ import os
 import re
 import statistics
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ import rows
 RUNS = {"sft_acc": "sft", "rl_acc": "rl", "sft_long_acc": "sft_long", "rl_shuffled_acc": "rl_shuffled"}
 
 
-def run_seed(seed: int, folder: Path) -> dict[str, Any]:
+def run_seed(seed: int, folder: Path, threads: int | None) -> dict[str, Any]:
     """All runs of one seed; reports of the test split by row name, and the quickstart's own seconds."""
     env = os.environ | {"SEED": str(seed), "RESPLIT": str(seed), "CONTROLS": "True", "RUN_DIR": str(folder)}
+    if threads is not None:
+        env["OMP_NUM_THREADS"] = str(threads)
     log = folder.with_suffix(".log")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:
@@ -41,8 +44,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--folder", type=Path, default=rows.ROOT / "checkpoints" / "quickstart_benchmark")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, each on its share of the cores")
     args = parser.parse_args()
-    seeds = {seed: run_seed(seed, args.folder / f"seed_{seed}") for seed in args.seeds}
+    threads = None if args.jobs == 1 else max(1, (os.cpu_count() or 1) // args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = pool.map(lambda seed: run_seed(seed, args.folder / f"seed_{seed}", threads), args.seeds)
+        seeds = dict(zip(args.seeds, found, strict=True))
     test_rows = sum(found["rl_acc"]["n_prompts"] for found in seeds.values())
     parameters = _parameters(args.folder / f"seed_{args.seeds[0]}" / "tiny")
     made = []

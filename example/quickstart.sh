@@ -3,7 +3,7 @@
 # a supervised start, GRPO, and the test split scored once. Installs into .venv first. Settings from the environment:
 #   SEED=1          seed of model, data order and sampling
 #   RESPLIT=        empty: the archive's own split; a number: a stratified re-split with that seed
-#   RL_STEPS=80     GRPO steps
+#   RL_STEPS=60     GRPO steps
 #   RUN_DIR=        where models and reports go (default checkpoints/quickstart)
 #   CONTROLS=True   afterwards also: SFT for as long as GRPO took, and GRPO with its rewards dealt out at random
 # Further arguments are overrides of the GRPO run.
@@ -46,7 +46,7 @@ run_rl() { # folder, overrides
         actor_rollout_ref.rollout.n=8 actor_rollout_ref.rollout.temperature=0.7 \
         actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64 \
         "${sampling[@]/#/actor_rollout_ref.rollout.val_kwargs.}" actor_rollout_ref.rollout.val_kwargs.n=4 \
-        reward.format=strict trainer.n_gpus_per_node=1 trainer.total_training_steps="${RL_STEPS:-80}" \
+        reward.format=strict trainer.n_gpus_per_node=1 trainer.total_training_steps="${RL_STEPS:-60}" \
         trainer.test_freq=20 trainer.save_freq=1000 trainer.keep_best=False trainer.logger="['console']" \
         trainer.resume_mode=disable trainer.seed="$seed" trainer.default_local_dir="$1" "${@:2}"
 }
