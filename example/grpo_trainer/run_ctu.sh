@@ -4,6 +4,7 @@
 #   EVAL=True        score test.parquet with MODEL_PATH's weights and exit
 #   PAPER=True       the published protocol: train on all 250 rows, validate on test, keep no best checkpoint
 #   N_GPUS=4         ranks on this machine (default: its GPUs; without one, 2 CPU processes)
+#   ENGINE=hf        rollout engine
 #   TP=1             GPUs of one vLLM engine
 # Arguments are overrides; they come last and win: run_ctu.sh trainer.total_epochs=1 "data.train_files=['a.parquet']"
 set -euo pipefail
@@ -30,7 +31,7 @@ else
     files=(data.train_files="$DATA/fit.parquet" data.val_files="$DATA/val.parquet" data.test_files="$DATA/test.parquet")
 fi
 # Options of the vLLM engine; the hf engine does not use them.
-vllm=(
+engine=(
     actor_rollout_ref.rollout.name=vllm
     actor_rollout_ref.rollout.tensor_model_parallel_size="${TP:-1}"
     actor_rollout_ref.rollout.gpu_memory_utilization=0.6
@@ -38,7 +39,7 @@ vllm=(
     actor_rollout_ref.rollout.enforce_eager=False
     actor_rollout_ref.rollout.free_cache_engine=False
 )
-[[ $gpus -gt 0 ]] || vllm=(actor_rollout_ref.rollout.name=hf)
+[[ ${ENGINE:-hf} == vllm ]] || engine=(actor_rollout_ref.rollout.name=hf)
 
 exec "$python" -m verl.trainer.main_ppo \
     algorithm.adv_estimator=grpo \
@@ -61,7 +62,7 @@ exec "$python" -m verl.trainer.main_ppo \
     actor_rollout_ref.actor.fsdp_config.param_offload=False \
     actor_rollout_ref.actor.fsdp_config.optimizer_offload=False \
     actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8 \
-    "${vllm[@]}" \
+    "${engine[@]}" \
     actor_rollout_ref.rollout.val_kwargs.temperature=0.4 \
     actor_rollout_ref.rollout.val_kwargs.do_sample=True \
     actor_rollout_ref.rollout.n=5 \
