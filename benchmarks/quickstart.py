@@ -24,14 +24,18 @@ RUNS = {"sft_acc": "sft", "rl_acc": "rl", "sft_long_acc": "sft_long", "rl_shuffl
 
 
 def run_seed(seed: int, folder: Path, threads: int | None) -> dict[str, Any]:
-    """All runs of one seed; reports of the test split by row name, and the quickstart's own seconds."""
+    """All runs of one seed; reports of the test split by row name, and the quickstart's own seconds.
+
+    A seed whose log is complete is read, not run again.
+    """
     env = os.environ | {"SEED": str(seed), "RESPLIT": str(seed), "CONTROLS": "True", "RUN_DIR": str(folder)}
     if threads is not None:
         env["OMP_NUM_THREADS"] = str(threads)
     log = folder.with_suffix(".log")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as out:
-        subprocess.run(["bash", "example/quickstart.sh"], cwd=rows.ROOT, env=env, stdout=out, stderr=out, check=True)
+    if not log.exists() or not log.read_text().splitlines()[-1].startswith("quickstart:"):
+        with log.open("w") as out:
+            subprocess.run(["bash", "example/quickstart.sh"], cwd=rows.ROOT, env=env, stdout=out, stderr=out, check=True)
     last = log.read_text().splitlines()[-1]
     print(f"seed {seed}: {last}", flush=True)
     found: dict[str, Any] = {"seconds": int(re.search(r"seconds=(\d+)", last)[1])}

@@ -71,7 +71,7 @@ if [[ ${CONTROLS:-} == True ]]; then
     echo "== control: SFT for as long as GRPO took"
     long=$(python example/quickstart_summary.py --rl-seconds "$run/rl")
     run_sft "$run/sft_long" model.partial_pretrain="$sft" trainer.total_epochs=100000 trainer.max_seconds="$long" \
-        trainer.test_freq=-1
+        trainer.test_freq=-1 optim.warmup_steps_ratio=0
     echo "== control: GRPO with rewards permuted over the batch"
     run_rl "$run/rl_shuffled" reward.shuffle=True "$@"
     controls=(--sft-long "$run/sft_long" --rl-shuffled "$run/rl_shuffled")
