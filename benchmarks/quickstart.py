@@ -35,7 +35,9 @@ def run_seed(seed: int, folder: Path, threads: int | None) -> dict[str, Any]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not log.exists() or not log.read_text().splitlines()[-1].startswith("quickstart:"):
         with log.open("w") as out:
-            subprocess.run(["bash", "example/quickstart.sh"], cwd=rows.ROOT, env=env, stdout=out, stderr=out, check=True)
+            subprocess.run(
+                ["bash", "example/quickstart.sh"], cwd=rows.ROOT, env=env, stdout=out, stderr=out, check=True
+            )
     last = log.read_text().splitlines()[-1]
     print(f"seed {seed}: {last}", flush=True)
     found: dict[str, Any] = {"seconds": int(re.search(r"seconds=(\d+)", last)[1])}

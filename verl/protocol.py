@@ -13,6 +13,7 @@ Invariants
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,7 +102,7 @@ class Score:
     ) -> Score:
         """A valid score. Raises ValueError when a number is not finite: that is a failure, not a score."""
         numbers = {"total": total, **(parts or {})}
-        bad = {name: value for name, value in numbers.items() if not np.isfinite(value)}
+        bad = {name: value for name, value in numbers.items() if not math.isfinite(value)}
         if bad:
             raise ValueError(f"a score must be finite, got {bad}")
         return cls(float(total), {k: float(v) for k, v in (parts or {}).items()}, prediction, None, dict(extra or {}))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-
 _KEEP_LOGITS = 1 << 24  # logits of a micro-batch up to this many are kept for the backward pass instead of recomputed
 
 

@@ -152,8 +152,6 @@ def patch_embed_as_matmul(patch_embed: nn.Module) -> None:
     patch_embed.forward = forward
 
 
-
-
 def banned_ids(path: Path, tokenizer: Any, vocabulary_size: int) -> list[int]:
     """Ids never drawn: vision tokens, ids beyond the tokenizer, and the checkpoint's `suppress_tokens`."""
     known = tokenizer.get_vocab()

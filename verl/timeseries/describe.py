@@ -184,7 +184,8 @@ def _short(series: Series, task: TaskSpec) -> str:
 def describe(series: Series, task: TaskSpec) -> str:
     """Reasoning text about a series (channels, length), in the task's description style.
 
-    Full: six sentences on change, level, phases, steps and trend, highest value, rhythm. Short: one of 8 to 14 words, for models of a few million parameters.
+    Full: six sentences on change, level, phases, steps and trend, highest value, rhythm. Short: one of 8 to 14
+    words, for models of a few million parameters.
     Raises ValueError when the series does not have the task's channels.
     """
     if series.ndim != 2 or series.shape[0] != task.channels:

@@ -4,7 +4,7 @@ Values come from the `.txt` files (seconds and mV): the neuropathy `.dat` wraps 
 A `.txt` line that is no pair of numbers (two in each published file) takes its value from the `.dat`.
 
 Invariants
-- Every sample is finite; the `.dat` agrees with every line that can be read, up to its wrap, or the error names the line.
+- Every sample is finite. The `.dat` agrees, up to its wrap, with every line that can be read, or the error names it.
 - Windows do not overlap. Of each recording the first windows are train and the last are test, so that no test window
   lies between two train windows.
 - Every fault is a ValueError that names the file, and the line (from 1) where there is one.
@@ -114,7 +114,7 @@ def _check_agreement(values: NDArray[np.float64], stored: NDArray[np.int64], gai
     if len(off):
         line, there = off[0] + 1, stored[off[0]] / gain
         raise ValueError(
-            f"{where}.txt, line {line}: {values[off[0]]} mV, but {where}.dat has {there} (also at {len(off) - 1} others)"
+            f"{where}.txt, line {line}: {values[off[0]]} mV, but the .dat has {there} (also at {len(off) - 1} others)"
         )
 
 

@@ -101,7 +101,7 @@ class UcrReader:
 
 
 def folder_files(folder: Path, problem: str | None = None) -> dict[str, Path | zipfile.Path]:
-    """Files of the folder, and of its sub-folder named after the problem, by name. ValueError when it does not exist."""
+    """Files of the folder, and of its sub-folder named after the problem, by name. ValueError when there is none."""
     if not folder.is_dir():
         raise ValueError(f"source={folder} does not exist; name a folder or a zip")
     inner = None if problem is None else folder / problem

@@ -62,7 +62,7 @@ class InProcessGroup(WorkerGroup):
 
 def _without_ray(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cluster, "WorkerGroup", InProcessGroup)
-    patch.setattr(cluster, "start_ray", lambda _: None)
+    patch.setattr(cluster, "start_ray", lambda *_: None)
     patch.setattr(cluster, "reserve", lambda *_: None)
     patch.setattr(cluster, "start_reward_pool", lambda *_: None)  # the driver scores
     patch.setattr(shared_memory, "ray", SimpleNamespace(put=lambda x: x, get=lambda x: x, ObjectRef=object))

@@ -28,7 +28,7 @@ from verl.utils.checkpoint.manager import MANIFEST, POINTER
 ROOT = Path(__file__).resolve().parents[3]
 PATIENCE = 300.0  # seconds for one run of a few steps on a busy machine
 
-CLOCKS = ("timing_s/", "timing_per_token_ms/", "perf/", "time")
+CLOCKS = ("timing_s/", "timing_per_token_ms/", "perf/", "time", "reward/pool/")
 """Metrics that differ from run to run whatever the seed."""
 
 

@@ -72,8 +72,10 @@ def without_saves(row: dict) -> dict:
 
 
 def test_the_plan_balances_two_ranks(two_ranks: Run) -> None:
+    """Each mini-batch holds two groups here, so the loads differ by less than the largest group could weigh."""
     row = two_ranks.steps[1]
-    assert row["global_seqlen/balanced_max"] <= row["global_seqlen/max"]
+    largest_group = row["prompt_length/max"] + 4 * row["response_length/max"]
+    assert row["global_seqlen/balanced_max"] - row["global_seqlen/balanced_min"] <= largest_group
     assert row["global_seqlen/balanced_min"] + row["global_seqlen/balanced_max"] == 2 * row["global_seqlen/mean"]
 
 
@@ -126,9 +128,7 @@ def test_a_resumed_run_continues_its_files_and_says_where_it_started(resumed: Ru
     assert f"resumed {resumed.checkpoint(3)}" in resumed.out
 
 
-def test_an_older_checkpoint_of_one_rank_continues_on_two_within_1e_6(
-    resumed_on_two_ranks: Run, long_run: Run
-) -> None:
+def test_an_older_checkpoint_of_one_rank_continues_on_two_within_1e_6(resumed_on_two_ranks: Run, long_run: Run) -> None:
     """Invariant 4 on another world size: the answers are the same, the numbers agree within 1e-6 a step."""
     assert resumed_on_two_ranks.answers(4) == long_run.answers(4)
     found, expected = (without_saves(run.steps[4]) for run in (resumed_on_two_ranks, long_run))
@@ -192,7 +192,12 @@ def test_a_new_run_in_an_old_folder_reports_its_own_checkpoint(
     shutil.copytree(long_run_here.checkpoint(6), folder / "global_step_6")
     (folder / "latest_checkpointed_iteration.txt").write_text("6")
     (folder / "best_checkpoint.json").write_text('{"step": 6, "metric": "val/accuracy", "value": 1.0}')
-    extra = ["trainer.resume_mode=disable", *stop_after(1), "trainer.test_freq=1", f"data.test_files={data.file('val')}"]
+    extra = [
+        "trainer.resume_mode=disable",
+        *stop_after(1),
+        "trainer.test_freq=1",
+        f"data.test_files={data.file('val')}",
+    ]
     extra += [f"data.val_files={data.file('test')}"]
     run = rl_here(rl_overrides(data, start, folder, *LONG_RUN, *extra), folder).ok()
     assert run.report("test")["weights"] == "global_step_1"

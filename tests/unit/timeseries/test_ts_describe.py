@@ -57,9 +57,7 @@ def test_different_series_get_different_texts_from_a_small_vocabulary(name: str)
     assert len(words) < 110 and all(re.fullmatch(r"[A-Za-z]+[.,]?", word) for word in words), sorted(words)
 
 
-@pytest.mark.parametrize(
-    ("name", "fewest", "most"), [("basic_motions", 8, 14), ("gun_point", 8, 14), ("ctu", 35, 60)]
-)
+@pytest.mark.parametrize(("name", "fewest", "most"), [("basic_motions", 8, 14), ("gun_point", 8, 14), ("ctu", 35, 60)])
 def test_the_length_fits_the_style(name: str, fewest: int, most: int) -> None:
     task = get_task(name)
     for seed in range(100):

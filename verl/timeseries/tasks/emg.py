@@ -64,8 +64,8 @@ TASK = TaskSpec(
     unit="mV",
     suggestions={
         "Healthy": Suggestion(
-            weak="Recruitment is sparse, so record the tibialis anterior again at a stronger dorsiflexion to see a full "
-            "interference pattern.",
+            weak="Recruitment is sparse, so record the tibialis anterior again at a stronger dorsiflexion to see a "
+            "full interference pattern.",
             strong="Recruitment and unit size fit the effort, so the muscle needs no second needle site.",
             then="If weakness is still felt, measure peroneal nerve conduction and the F wave next, because a block "
             "above the ankle leaves this muscle electrically normal.",

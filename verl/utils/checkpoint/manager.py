@@ -221,7 +221,9 @@ class CheckpointManager:
             return None
         value = float(metrics[self.keep_best])
         if not math.isfinite(value):
-            logger.warning("the keep-best metric %s is %s: this checkpoint cannot become the best", self.keep_best, value)
+            logger.warning(
+                "the keep-best metric %s is %s: this checkpoint cannot become the best", self.keep_best, value
+            )
             return None
         return value
 

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from verl.protocol import Prompt, Score
 from verl.utils.reward_score.returns import FailureKind, failed
@@ -35,11 +35,15 @@ class Answer(NamedTuple):
     tokens: int
 
 
+PackedScore = tuple[float | None, Mapping[str, float], str | None, str | None, Mapping[str, Any]]
+"""The fields of a `Score`, which cross processes ten times faster than the object."""
+
+
 @dataclass(frozen=True)
 class Scored:
     """What a worker returns: scores in the order of the items, its own seconds, and what a person should read."""
 
-    scores: list[Score]
+    scores: Sequence[Score | PackedScore]
     seconds: float
     notes: list[str]
 
@@ -73,7 +77,7 @@ class DispatchPlan:
     """Answers that one worker may wait for at once."""
     chunk_s: float = 0.05
     """Cheap answers are sent in batches of about this many seconds of work."""
-    longest_chunk: int = 512
+    longest_chunk: int = 1024
 
     @property
     def target_s(self) -> float:
@@ -99,7 +103,7 @@ class _Slot:
 @dataclass
 class _Ticket:
     prompts: Sequence[Prompt]
-    scores: dict[Place, Score] = field(default_factory=dict)
+    scores: dict[Place, Score | PackedScore] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     busy_s: float = 0.0
     before: int = 0
@@ -110,7 +114,7 @@ class _Ticket:
 class Collected:
     """All scores of a ticket by place, what a person should read, and the pool's own numbers."""
 
-    scores: dict[Place, Score]
+    scores: dict[Place, Score | PackedScore]
     notes: list[str]
     metrics: dict[str, float]
 
@@ -141,11 +145,11 @@ class Dispatcher:
         self._tickets[self._next_ticket] = _Ticket(prompts)
         return self._next_ticket
 
-    def submit(self, ticket: int, answers: Iterable[Answer]) -> None:
-        """Queue finished answers of an open ticket."""
+    def submit(self, ticket: int, answers: Iterable[tuple[int, int, str, int]]) -> None:
+        """Queue finished answers (the fields of `Answer`) of an open ticket."""
         prompts = self._tickets[ticket].prompts
-        for a in answers:
-            self._queue.append(_Job(ticket, (a.prompt, a.answer), RewardItem(prompts[a.prompt], a.text, a.tokens)))
+        for prompt, answer, text, tokens in answers:
+            self._queue.append(_Job(ticket, (prompt, answer), RewardItem(prompts[prompt], text, tokens)))
         self._pump()
 
     def progress(self, ticket: int) -> int:
@@ -259,7 +263,7 @@ class Dispatcher:
         slot.alone = False if slot.load == 0 else slot.alone
         self._watch_clock()
 
-    def _settle(self, job: _Job, score: Score) -> None:
+    def _settle(self, job: _Job, score: Score | PackedScore) -> None:
         ticket = self._tickets[job.ticket]
         assert job.place not in ticket.scores, f"ticket {job.ticket}: answer {job.place} was scored twice"
         ticket.scores[job.place] = score
@@ -274,6 +278,12 @@ class Dispatcher:
         self._busy_since = now if busy else None
 
 
-def in_order(scores: Mapping[Place, Score], counts: Sequence[int]) -> list[Score]:
+def pack(score: Score) -> PackedScore:
+    """The fields of a score."""
+    return score._total, score.parts, score.prediction, score.reason, score.extra
+
+
+def in_order(scores: Mapping[Place, Score | PackedScore], counts: Sequence[int]) -> list[Score]:
     """Scores prompt by prompt; `counts` are the answers of each prompt."""
-    return [scores[prompt, answer] for prompt, count in enumerate(counts) for answer in range(count)]
+    found = (scores[prompt, answer] for prompt, count in enumerate(counts) for answer in range(count))
+    return [score if isinstance(score, Score) else Score(*score) for score in found]

@@ -50,8 +50,8 @@ class RewardManager:
     """Scores answers by the parts that their task and `parts` declare, or by a custom function.
 
     `max_concurrent` bounds the calls in flight of an async function or of one with a time limit (`timeout_s`, seconds a
-    call). `judge` holds the options of `JudgeConfig`; None: soft parts are left out. The judge has limits of its own, so
-    `timeout_s` and `max_concurrent` do not apply to it. `max_tokens` is the default limit of length parts.
+    call). `judge` holds the options of `JudgeConfig`; None: soft parts are left out. The judge keeps limits of its own,
+    not `timeout_s` and `max_concurrent`. `max_tokens` is the default limit of length parts.
     `guarded`: somebody outside ends a plain function that takes too long, so it runs here without a thread.
     Raises ValueError for an illegal argument, and for a custom function that cannot be loaded or called.
     """

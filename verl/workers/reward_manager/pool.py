@@ -14,10 +14,11 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
@@ -33,6 +34,7 @@ from verl.workers.reward_manager.dispatch import (
     Scored,
     WorkerLostError,
     in_order,
+    pack,
 )
 from verl.workers.reward_manager.manager import RewardItem, RewardManager
 
@@ -42,6 +44,7 @@ _SAY_EVERY = 30.0
 _GRACE_S = 5.0
 """How much longer than its own limit a coroutine may be silent: then it blocks its event loop."""
 _SENT_TOGETHER = 2000
+_NO_TOKENS = np.zeros(0, np.int32)
 _IN_FLIGHT = 256
 """Answers of an async function or a judge that wait at once, over all workers."""
 
@@ -49,6 +52,10 @@ _IN_FLIGHT = 256
 def default_workers() -> int:
     """One process per CPU core, at most 8."""
     return min(8, os.cpu_count() or 1)
+
+
+_Sent = tuple[str, str, Mapping[str, Any], str, int | None]
+"""What a worker reads of an item: source, ground truth, extra_info, text, tokens. Plain, so that it pickles fast."""
 
 
 class _Worker:
@@ -65,15 +72,21 @@ class _Worker:
 
     def _scored(self, scores: list[Score], begin: float) -> Scored:
         notes, self._notes[:] = list(self._notes), []
-        return Scored(scores, time.perf_counter() - begin, notes)
+        return Scored([pack(score) for score in scores], time.perf_counter() - begin, notes)
+
+    def _items(self, sent: Sequence[_Sent]) -> list[RewardItem]:
+        return [
+            RewardItem(Prompt("", 0, source, _NO_TOKENS, (), (), truth, extra), text, tokens)
+            for source, truth, extra, text, tokens in sent
+        ]
 
 
 class PlainWorker(_Worker):
     """Scores one answer after the other in the process's main thread, where signals work."""
 
-    def score(self, items: Sequence[RewardItem]) -> Scored:
+    def score(self, sent: Sequence[_Sent]) -> Scored:
         begin = time.perf_counter()
-        return self._scored(self.manager.score_now(items), begin)
+        return self._scored(self.manager.score_now(self._items(sent)), begin)
 
 
 class AsyncWorker(_Worker):
@@ -82,9 +95,9 @@ class AsyncWorker(_Worker):
     async def ready(self) -> int:  # type: ignore[override]
         return os.getpid()
 
-    async def score(self, items: Sequence[RewardItem]) -> Scored:
+    async def score(self, sent: Sequence[_Sent]) -> Scored:
         begin = time.perf_counter()
-        scores = await asyncio.gather(*(self.manager.score_one(item) for item in items))
+        scores = await asyncio.gather(*(self.manager.score_one(item) for item in self._items(sent)))
         return self._scored(list(scores), begin)
 
 
@@ -103,6 +116,11 @@ class JudgeActor:
             return await self._judge.judge(request)
         except JudgeError as error:
             return error.kind.value, str(error)
+
+    async def warm_up(self) -> None:
+        """Import the client now, not while the first answers wait. Without a key the first answer will say so."""
+        self._judge = LLMJudge(self._config)
+        self._judge.open()
 
     async def metrics(self) -> dict[str, float]:
         return {} if self._judge is None else self._judge.metrics()
@@ -133,8 +151,9 @@ class _RayWorker:
         self._actor = actor
 
     async def score(self, items: Sequence[RewardItem]) -> Scored:
+        sent = [(p.data_source, p.ground_truth, p.extra_info, text, tokens) for p, text, tokens in items]
         try:
-            found: Scored = await self._actor.score.remote(items)
+            found: Scored = await self._actor.score.remote(sent)
         except RayActorError as error:
             raise WorkerLostError(str(error).splitlines()[0]) from None
         return found
@@ -166,11 +185,16 @@ class RewardHub:
 
     async def start(self) -> list[int]:
         """Start the workers; their process ids."""
+        if self._spec["judge"] is not None:
+            self._judge_for(self._spec["judge"]).warm_up.remote()
         await self._dispatcher.start()
         return list(self._pids)
 
     async def judge_for(self, config: JudgeConfig) -> Any:
         """The handle of the one judge of that config."""
+        return self._judge_for(config)
+
+    def _judge_for(self, config: JudgeConfig) -> Any:
         if config not in self._judges:
             actor = ray.remote(JudgeActor).options(num_cpus=0, max_concurrency=10_000)
             self._judges[config] = actor.remote(config)
@@ -179,7 +203,7 @@ class RewardHub:
     async def open(self, prompts: Sequence[Prompt]) -> int:
         return self._dispatcher.open(prompts)
 
-    async def submit(self, ticket: int, answers: Sequence[Answer]) -> None:
+    async def submit(self, ticket: int, answers: Sequence[tuple[int, int, str, int]]) -> None:
         self._dispatcher.submit(ticket, answers)
 
     async def progress(self, ticket: int) -> int:
@@ -203,7 +227,7 @@ class AnswerSink:
     ticket: int
 
     def send(self, answers: Sequence[Answer]) -> None:
-        self.hub.submit.remote(self.ticket, answers)
+        self.hub.submit.remote(self.ticket, [tuple(answer) for answer in answers])
 
 
 class RewardPool:
@@ -288,7 +312,7 @@ def _light(prompt: Prompt) -> Prompt:
         uid=prompt.uid,
         row=prompt.row,
         data_source=prompt.data_source,
-        token_ids=prompt.token_ids[:0],
+        token_ids=_NO_TOKENS,
         image_keys=(),
         image_grids=(),
         ground_truth=prompt.ground_truth,

@@ -5,7 +5,8 @@ One `LLMJudge` lives in one event loop and holds all limits; other tasks, thread
 
 Invariants
 - A failure is an exception of a kind, never a number, and is never cached.
-- A call ends within `2 x queue_timeout_s + timeout_s`, whatever the server does: it queues for a slot, then for the rates.
+- A call ends within `2 x queue_timeout_s + timeout_s`, whatever the server does: it queues for a
+  slot, then for the rates.
 - An answer costs at most 2 x (`max_retries` + 1) requests (twice only while it is not yet known whether the server
   takes a json schema), and none when its verdict is known or being asked for.
 - A refused key, an empty account or a wrong model name ends the asking: later calls fail at once with the same message.
@@ -14,6 +15,7 @@ Invariants
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections import Counter
@@ -100,6 +102,11 @@ class LLMJudge:
         self._final: JudgeError | None = None
         self._takes_schema: bool | None = None
         self._worked = False
+
+    def open(self) -> None:
+        """Import the client's library and read the key; a missing key fails the first answer, not this."""
+        with contextlib.suppress(JudgeError):
+            self._client.open()
 
     async def judge(self, request: JudgeRequest) -> Verdict:
         """The verdict, from the cache where it is known. Raises JudgeError."""

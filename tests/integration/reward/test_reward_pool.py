@@ -1,0 +1,150 @@
+"""The reward pool in real processes: the scores of one process, and functions that hang, die or raise."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from judge_server import JudgeServer, error, good
+
+from verl.protocol import Prompt, Score
+from verl.utils.reward_score.custom import CustomFunction
+from verl.workers.reward_manager import RewardFailureRateError, RewardItem, RewardManager
+from verl.workers.reward_manager.dispatch import Answer
+from verl.workers.reward_manager.pool import RewardPool
+
+ANSWER = "<think>a</think><class>{}</class><extension>{}</extension>"
+WITHOUT = """
+import os, re, signal, time
+
+def compute_score(solution_str, ground_truth):
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)       # works in a main thread only
+    if solution_str == "hang":
+        re.match(r"(a+)+$", "a" * 40 + "b")             # never lets go of the interpreter
+    if solution_str == "sleep":
+        time.sleep(100)
+    if solution_str == "die":
+        os._exit(3)
+    if solution_str == "bad":
+        raise RuntimeError("no")
+    return float(solution_str)
+"""
+WAITING = """
+import asyncio, time
+
+async def compute_score(solution_str, ground_truth):
+    if solution_str == "hang":
+        await asyncio.sleep(100)
+    if solution_str == "block":
+        time.sleep(100)
+    await asyncio.sleep(0.2)
+    return float(solution_str)
+"""
+
+
+def prompt(row: int, truth: str = "Desktop", source: str = "computer_dataset") -> Prompt:
+    return Prompt(f"p{row}", row, source, np.zeros(3, np.int32), (), (), truth, {"index": row})
+
+
+@contextmanager
+def pool_of(manager: RewardManager, source: str = "computer_dataset", truth: str = "Desktop") -> Iterator[RewardPool]:
+    manager.check_prompts([prompt(0, truth, source)])
+    pool = RewardPool(manager, workers=2, timeout=120)
+    pool.ready(120)
+    yield pool
+    pool.close()
+
+
+def scores_of(pool: RewardPool, texts: list[str]) -> tuple[list[Score], dict[str, float]]:
+    sink = pool.open([prompt(0)])
+    sink.send([Answer(0, i, text, 1) for i, text in enumerate(texts)])
+    return pool.collect(sink, [len(texts)])
+
+
+def custom(folder: Path, body: str) -> CustomFunction:
+    (folder / "reward.py").write_text(body)
+    return CustomFunction(str(folder / "reward.py"))
+
+
+def test_the_pool_gives_the_scores_of_one_process() -> None:
+    manager = RewardManager(max_failure_rate=0, parts={"length": {"buffer": 10, "weight": 0.5}}, max_tokens=100)
+    said = ("Desktop", "Laptop", "?")
+    batch = [prompt(i) for i in range(100)]
+    items = [RewardItem(batch[i % 100], ANSWER.format(said[i % 3], i), i % 120) for i in range(3000)]
+    with pool_of(manager) as pool:
+        assert pool.score(items) == manager.score(items)
+        assert pool.score([]) == []
+
+
+def test_a_plain_function_that_hangs_dies_or_raises_fails_its_own_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = RewardManager(max_failure_rate=0.5, custom=custom(tmp_path, WITHOUT), timeout_s=1.0)
+    texts = [str(i) for i in range(60)]
+    texts[10], texts[20], texts[30], texts[40], texts[41] = "hang", "sleep", "die", "bad", "bad"
+    with pool_of(manager) as pool, caplog.at_level(logging.WARNING):
+        scores, metrics = scores_of(pool, texts)
+    reasons = {i: str(s.reason).split(":")[0] for i, s in enumerate(scores) if not s.is_ok}
+    assert reasons == {10: "timeout", 20: "timeout", 30: "exception", 40: "exception", 41: "exception"}
+    assert [s.total for i, s in enumerate(scores) if i not in reasons] == [i for i in range(60) if i not in reasons]
+    assert metrics["reward/pool/workers_replaced"] >= 3
+    assert sum("RuntimeError: no" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_coroutines_wait_together_and_one_that_hangs_or_blocks_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verl.workers.reward_manager.pool._GRACE_S", 1.0)
+    manager = RewardManager(max_failure_rate=0.5, custom=custom(tmp_path, WAITING), timeout_s=1.0)
+    with pool_of(manager) as pool:
+        begin = time.perf_counter()
+        scores, _ = scores_of(pool, [str(i) for i in range(100)])
+        assert [s.total for s in scores] == list(range(100))
+        assert time.perf_counter() - begin < 10, "100 answers of 0.2 s, many at a time"
+        scores, _ = scores_of(pool, ["1", "hang", "2", "block", "3"])
+    assert [s.total if s.is_ok else str(s.reason)[:7] for s in scores] == [1, "timeout", 2, "timeout", 3]
+
+
+def test_above_the_failure_rate_the_run_stops(tmp_path: Path) -> None:
+    manager = RewardManager(max_failure_rate=0.25, custom=custom(tmp_path, WITHOUT), timeout_s=5.0)
+    with pool_of(manager) as pool:
+        with pytest.raises(RewardFailureRateError, match=r"2 of 4 .*2 x exception: RuntimeError: no"):
+            scores_of(pool, ["bad", "bad", "1", "2"])
+        assert scores_of(pool, ["1", "2"])[0][1].total == 2.0
+
+
+def judge_options(server: JudgeServer, **changes: Any) -> dict[str, Any]:
+    return {"base_url": server.url, "model": "stub", "api_key_env": None, "max_retries": 0, **changes}
+
+
+def test_all_workers_share_one_judge_and_its_limits() -> None:
+    with JudgeServer() as server:
+        server.plan = lambda seen: error(500) if b'Plan 7\\"' in seen.raw else good(0.5, delay_s=0.2)
+        manager = RewardManager(max_failure_rate=0.5, judge=judge_options(server, max_concurrent=3))
+        batch = [prompt(i, "Myopathy", "emg_dataset") for i in range(24)]
+        items = [RewardItem(p, ANSWER.format("Myopathy", f"Plan {p.row}"), 9) for p in batch]
+        with pool_of(manager, "emg_dataset", "Myopathy") as pool:
+            scores = pool.score(items)
+            again = pool.score(items[8:])
+        assert server.most_in_flight == 3
+        assert [s.total if s.is_ok else s.reason for s in scores[:7]] == [1.25] * 7
+        assert str(scores[7].reason).startswith("server_error") and all(s.is_ok for s in scores[8:])
+        assert again == scores[8:] and len(server.seen) == 24, "a second batch is served from the judge's cache"
+
+
+def test_closing_the_pool_ends_its_processes() -> None:
+    with pool_of(RewardManager(max_failure_rate=0)) as pool:
+        pids = pool.ready(10)
+        assert all(psutil.pid_exists(pid) for pid in pids) and os.getpid() not in pids
+    deadline = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
