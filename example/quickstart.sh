@@ -38,7 +38,7 @@ run_rl() { # folder, overrides
         actor_rollout_ref.model.path="$sft" \
         actor_rollout_ref.actor.ppo_mini_batch_size=16 actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64 \
         actor_rollout_ref.actor.clip_ratio_high=0.28 actor_rollout_ref.actor.optim.lr=3e-4 \
-        actor_rollout_ref.actor.optim.betas=[0.9,0.95] actor_rollout_ref.actor.optim.lr_warmup_steps=5 \
+        "actor_rollout_ref.actor.optim.betas=[0.9,0.95]" actor_rollout_ref.actor.optim.lr_warmup_steps=5 \
         actor_rollout_ref.actor.optim.warmup_style=cosine actor_rollout_ref.actor.optim.min_lr_ratio=0.05 \
         actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0.3 \
         actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=64 \

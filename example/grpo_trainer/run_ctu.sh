@@ -14,5 +14,7 @@ EVAL=${EVAL:-False}
 PAPER=${PAPER:-False}
 DATA=${DATA:-./data/ctu_image}
 
+# shellcheck disable=SC2034 # read by common.sh
 task=(trainer.project_name=TimeMaster_CTU)
+# shellcheck source=example/grpo_trainer/common.sh disable=SC1091
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -20,6 +20,7 @@ DATA=${DATA:-./data/emg_image}
 JUDGE_URL=${JUDGE_URL:-https://api.openai.com/v1}
 JUDGE_MODEL=${JUDGE_MODEL:-gpt-4o}
 
+# shellcheck disable=SC2034 # read by common.sh
 task=(
     trainer.project_name=TimeMaster_EMG
     reward.judge.enable="${JUDGE:-True}"
@@ -27,4 +28,5 @@ task=(
     reward.judge.model="$JUDGE_MODEL"
     reward.judge.api_key_env="${JUDGE_KEY_ENV:-OPENAI_API_KEY}"
 )
+# shellcheck source=example/grpo_trainer/common.sh disable=SC1091
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
