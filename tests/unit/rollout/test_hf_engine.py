@@ -309,6 +309,26 @@ def test_weights_of_an_unknown_name_or_shape_are_refused(policy: Policy, patches
         run.load_weights([("model.language_model.norm.weight", torch.zeros(1))])
 
 
+def test_an_update_may_come_in_parts_and_must_be_whole_before_the_next_answers(
+    prompts: list[Prompt], policy: Policy, patches: StoredPatches, tmp_path: Path
+) -> None:
+    other = open_policy(write_tiny(tmp_path / "other", seed=1))
+    weights = list(other.hf.named_parameters())
+    run = engine(policy, patches)
+    run.begin_update()
+    run.update_weights(weights[:5])
+    with pytest.raises(AssertionError, match=f"{len(weights) - 5} weights are old"):
+        run.generate(prompts, SAMPLING, step=0)
+    with pytest.raises(AssertionError, match=f"{len(weights) - 5} weights did not arrive"):
+        run.end_update()
+    run.begin_update()
+    run.update_weights(weights[:5])
+    run.update_weights(weights[5:])
+    run.end_update()
+    after = ids(run.generate(prompts, SAMPLING, step=0))
+    assert after == ids(engine(other, patches).generate(prompts, SAMPLING, step=0))
+
+
 def test_filtering_does_not_change_what_is_inside() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
     assert filter_logits(logits, 2, 1.0)[0].tolist() == [-torch.inf, 3.0, -torch.inf, 2.0]

@@ -39,7 +39,11 @@ OnFinished = Callable[[int, int, Response], None]
 
 
 class RolloutEngine(Protocol):
-    """Generates answers and takes new weights."""
+    """Generates answers and takes new weights.
+
+    New weights arrive between `begin_update` and `end_update`, in as many calls of `update_weights` as the transfer
+    has buckets. An engine whose update was broken off must not generate: it raises AssertionError until one is whole.
+    """
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int, on_finished: OnFinished | None = None
@@ -48,8 +52,34 @@ class RolloutEngine(Protocol):
         noise, whatever else is in the batch. `on_finished` hears of each answer once, as soon as it has ended."""
         ...
 
+    def begin_update(self) -> None:
+        """New weights are about to arrive: all of them, each once."""
+        ...
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace weights by their Hugging Face names. The tensors may be overwritten by the caller after the call
+        returns. Raises KeyError on a name the model does not have."""
+        ...
+
+    def end_update(self) -> None:
+        """Every weight has been sent: check it (AssertionError names what is missing), forget what was computed with
+        the old ones (prefix and image caches)."""
+        ...
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace weights by their Hugging Face names. Raises KeyError on a name the model does not have."""
+        """A whole update in one call."""
+        self.begin_update()
+        self.update_weights(weights)
+        self.end_update()
+
+    def sleep(self, level: int) -> None:
+        """Give GPU memory back: 1 keeps the weights on the host, 2 drops them, so that an update must follow. Engines
+        that hold none of their own do nothing."""
+        ...
+
+    def wake(self, tags: Sequence[str] | None = None) -> None:
+        """Take memory again: all, or those parts of `weights` and `kv_cache` that are named, so that new weights can
+        arrive before the cache takes its share."""
         ...
 
 

@@ -20,10 +20,10 @@ from verl.models.policy import Policy, make_inputs
 from verl.packing.layout import PackedBatch, pack
 from verl.protocol import Prompt, Response, StopReason, TrainGroup
 from verl.utils.dataset.patches import PatchSource
-from verl.workers.rollout.base import OnFinished, Sampling, sampling_noise
+from verl.workers.rollout.base import OnFinished, RolloutEngine, Sampling, sampling_noise
 
 
-class HFEngine:
+class HFEngine(RolloutEngine):
     """See the module docstring. `batch_size` bounds the sequences decoded together, or n where that is more."""
 
     def __init__(self, policy: Policy, patches: PatchSource, *, stop_ids: Sequence[int], batch_size: int) -> None:
@@ -31,20 +31,36 @@ class HFEngine:
         self.patches = patches
         self.stop_ids = torch.tensor(list(stop_ids))
         self.batch_size = batch_size
+        self._own: dict[str, Tensor] = {}
+        self._stale: set[str] = set()  # weights that an update under way has not brought yet
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        own = dict(self.policy.hf.named_parameters())
-        stale = set(own)
+    def begin_update(self) -> None:
+        self._own = dict(self.policy.hf.named_parameters())
+        self._stale = set(self._own)
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        own = self._own
+        assert own, "update_weights without begin_update"
         for name, value in weights:
             assert own[name].shape == value.shape, f"{name}: {tuple(own[name].shape)} here, got {tuple(value.shape)}"
             own[name].data.copy_(value)
-            stale.discard(name)
-        assert not stale, f"{len(stale)} weights did not arrive, e.g. {sorted(stale)[:3]}"
+            self._stale.discard(name)
+
+    def end_update(self) -> None:
+        missing, self._own = self._stale, {}
+        assert not missing, f"{len(missing)} weights did not arrive, e.g. {sorted(missing)[:3]}"
+
+    def sleep(self, level: int) -> None:
+        """Nothing to give back: the weights are all it holds between calls."""
+
+    def wake(self, tags: Sequence[str] | None = None) -> None:
+        """Nothing to take."""
 
     @torch.inference_mode()
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int, on_finished: OnFinished | None = None
     ) -> list[list[Response]]:
+        assert not self._stale, f"{len(self._stale)} weights are old, e.g. {sorted(self._stale)[:3]}: update them first"
         together = max(1, self.batch_size // sampling.n)
         answers: list[list[Response]] = []
         for start in range(0, len(prompts), together):
