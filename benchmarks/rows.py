@@ -26,11 +26,11 @@ _PACKAGES = ("torch", "transformers", "ray", "vllm", "sktime", "matplotlib")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkRow:
-    """One measured value. `ratio` is value / value of the row `ratio_to`."""
+    """One measured value. `ratio` is value / value of the row `ratio_to`. Value None: `mode` says why there is none."""
 
     row: str
     workload: str
-    value: float
+    value: float | None
     unit: str
     parameters: int | None = None
     samples: int | None = None
@@ -64,24 +64,34 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Short hash of HEAD, with `+` when the tree differs from it."""
+    """Short hash of HEAD, with `+` when the tree differs from it; without git, what TIMEMASTER_COMMIT says."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    head = git("rev-parse", "--short", "HEAD")
+    if not head:
+        return os.environ.get("TIMEMASTER_COMMIT", "")
+    return head + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
 def command() -> str:
     return "python3 " + shlex.join([str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
 
 
-def write(script: str, rows: Sequence[BenchmarkRow]) -> None:
-    """Write the rows as `benchmarks/results/<script>.json` and print them."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+def write(script: str, rows: Sequence[BenchmarkRow], *, folder: Path = RESULTS, show: bool = True) -> None:
+    """Write the rows as `<folder>/<script>.json` and print them."""
+    folder.mkdir(parents=True, exist_ok=True)
     content = [asdict(row) for row in rows]
-    (RESULTS / f"{script}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    print(table(content))
+    (folder / f"{script}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    if show:
+        print(table(content))
+
+
+def read(script: str, folder: Path = RESULTS) -> list[BenchmarkRow]:
+    """The rows that `write` left there, none when it did not."""
+    path = folder / f"{script}.json"
+    return [BenchmarkRow(**row) for row in json.loads(path.read_text())] if path.is_file() else []
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -97,7 +107,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} x {row['ratio_to']}"
         samples = "" if row["samples"] is None else str(row["samples"])
-        value = f"{row['value']:.4g} {row['unit']}"
+        value = "none" if row["value"] is None else f"{row['value']:.4g} {row['unit']}"
         lines.append(f"| {row['row']} | {row['workload']} | {value} | {samples} | {ratio} | {row['mode']} |")
     return "\n".join(lines)
 

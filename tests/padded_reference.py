@@ -18,25 +18,47 @@ from verl.protocol import TrainGroup
 class PaddedReference:
     """Log-probs and entropies of every response token, in the order group, answer, token."""
 
-    def __init__(self, folder: Path, banned: Sequence[int]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        banned: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        attention: str = "eager",
+        device: str = "cpu",
+        checkpointing: bool = False,
+    ) -> None:
         self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        self.banned = list(banned)
+            folder, dtype=dtype, attn_implementation=attention
+        ).to(device)
+        self.model.train(checkpointing)  # transformers checkpoints only in train mode; there is no dropout
+        if checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.device = device
+        vocabulary = self.model.config.text_config.vocab_size
+        self.banned = torch.tensor(sorted(banned), dtype=torch.int64, device=device)
+        self.allowed = torch.tensor(sorted(set(range(vocabulary)) - set(banned)), device=device)
 
     def __call__(
-        self, groups: Sequence[TrainGroup], images: Mapping[str, Tensor], temperature: float
+        self,
+        groups: Sequence[TrainGroup],
+        images: Mapping[str, Tensor],
+        temperature: float,
+        *,
+        with_entropy: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """(N,) log-probs and (N,) entropies; `images` maps a key to its patches."""
+        """(N,) log-probs and (N,) entropies (empty without `with_entropy`); `images` maps a key to its patches."""
         rows = [(g.prompt, [*g.prompt.token_ids.tolist(), *s.token_ids.tolist()]) for g in groups for s in g.samples]
         longest = max(len(ids) for _, ids in rows)
         padding = self.model.config.text_config.pad_token_id
-        ids = torch.tensor([row + [padding] * (longest - len(row)) for _, row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for _, row in rows])
+        ids = torch.tensor([row + [padding] * (longest - len(row)) for _, row in rows], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for _, row in rows], device=self.device)
         pictures: dict[str, Tensor] = {}
         if any(prompt.image_keys for prompt, _ in rows):
-            pictures["pixel_values"] = torch.cat([images[key] for prompt, _ in rows for key in prompt.image_keys])
-            pictures["image_grid_thw"] = torch.tensor([grid for prompt, _ in rows for grid in prompt.image_grids])
+            patches = torch.cat([images[key] for prompt, _ in rows for key in prompt.image_keys])
+            pictures["pixel_values"] = patches.to(self.device)
+            grids = [grid for prompt, _ in rows for grid in prompt.image_grids]
+            pictures["image_grid_thw"] = torch.tensor(grids, device=self.device)
         logits = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -44,7 +66,7 @@ class PaddedReference:
             use_cache=False,
             **pictures,
         ).logits
-        logits = logits / temperature
+        logits = logits.float() / temperature
         logits[..., self.banned] = -torch.inf
         every = logits.log_softmax(-1)
         log_probs, entropies = [], []
@@ -52,6 +74,6 @@ class PaddedReference:
             start = len(prompt.token_ids)
             predictions = every[row, start - 1 : len(tokens) - 1]
             log_probs.append(predictions.gather(-1, ids[row, start : len(tokens), None])[:, 0])
-            allowed = [i for i in range(predictions.shape[-1]) if i not in set(self.banned)]
-            entropies.append(torch.distributions.Categorical(logits=predictions[:, allowed]).entropy())
-        return torch.cat(log_probs), torch.cat(entropies)
+            if with_entropy:
+                entropies.append(torch.distributions.Categorical(logits=predictions[:, self.allowed]).entropy())
+        return torch.cat(log_probs), torch.cat(entropies) if with_entropy else log_probs[0].new_zeros(0)

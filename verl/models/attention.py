@@ -3,9 +3,9 @@
 The text layers hand over an `AttentionPlan` (a keyword that travels through the layers, so activation checkpointing
 captures it). The vision tower hands over `cu_seq_lens_q`, because the registered name contains `flash`.
 
-Run on transformers 5.17; the name rule is `is_flash_attention_requested` there. CUDA uses torch's `varlen_attn`
-(torch 2.11, `torch.nn.attention.varlen`); CPU uses SDPA with one explicit mask per group, because SDPA's own
-`is_causal` aligns a short query to the start of a longer key.
+Run on transformers 5.17; the name rule is `is_flash_attention_requested` there. Half precision on CUDA uses torch's
+`varlen_attn` (torch 2.11, `torch.nn.attention.varlen`); fp32, for which it has no kernel, and the CPU use SDPA with one
+explicit mask per group, because SDPA's own `is_causal` aligns a short query to the start of a longer key.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from verl.packing.layout import PackedBatch
 
 IMPLEMENTATION = "timemaster_packed_flash"
 
+_VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 _ROUND_MAX_LENGTH = 128  # max_q and max_k are rounded up, or every new length would compile a new kernel
 
 
@@ -40,13 +42,13 @@ def repeat_kv(x: Tensor, heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskedGroups:
-    """CPU plan of a packed batch: one boolean mask per group, True where a query may look."""
+    """Plan of a packed batch for the CPU and for fp32: one boolean mask per group, True where a query may look."""
 
     lengths: tuple[int, ...]
     masks: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, batch: PackedBatch) -> MaskedGroups:
+    def of(cls, batch: PackedBatch, device: torch.device | str = "cpu") -> MaskedGroups:
         starts, ends = batch.cu_seqlens_q[:-1].tolist(), batch.cu_seqlens_q[1:].tolist()
         bounds = tuple(itertools.pairwise(batch.group_bounds.tolist()))
         cache: dict[tuple[int, ...], Tensor] = {}
@@ -58,7 +60,7 @@ class MaskedGroups:
                 segment += 1
             key = tuple(lengths)
             if key not in cache:
-                cache[key] = group_mask(lengths)
+                cache[key] = group_mask(lengths).to(device)
             masks.append(cache[key])
             assert sum(lengths) == high - low, f"group of {high - low} tokens has segments {lengths}"
         return cls(tuple(high - low for low, high in bounds), tuple(masks))
@@ -84,6 +86,7 @@ def group_mask(lengths: list[int]) -> Tensor:
 class VarlenSegments:
     """CUDA plan of a packed batch: one varlen call, keys and values gathered by index."""
 
+    batch: PackedBatch
     cu_q: Tensor
     cu_k: Tensor
     key_index: Tensor
@@ -100,6 +103,7 @@ class VarlenSegments:
             return -(-int((cu[1:] - cu[:-1]).max()) // step) * step
 
         return cls(
+            batch=batch,
             cu_q=ints(batch.cu_seqlens_q, torch.int32),
             cu_k=ints(batch.cu_seqlens_k, torch.int32),
             key_index=ints(batch.key_index, torch.int64),
@@ -107,7 +111,14 @@ class VarlenSegments:
             max_k=longest(batch.cu_seqlens_k),
         )
 
+    @cached_property
+    def masked(self) -> MaskedGroups:
+        """The same attention for fp32."""
+        return MaskedGroups.of(self.batch, self.cu_q.device)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if q.dtype not in _VARLEN_DTYPES:
+            return self.masked.attend(layer, q, k, v, scale)
         k, v = (x[0].transpose(0, 1)[self.key_index] for x in (k, v))
         q = q[0].transpose(0, 1).contiguous()
         return _varlen(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, scale, causal=True)[None]
@@ -134,19 +145,19 @@ def _varlen(
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float) -> Tensor:
     """Full attention inside each segment. q, k, v (1, H, T, d) -> (1, T, H, d).
 
-    On CPU the segments of one length are one batched call: a picture has few window sizes but many windows.
+    On CPU and in fp32 the segments of one length are one batched call: a picture has few window sizes, many windows.
     """
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" and q.dtype in _VARLEN_DTYPES:
         flat = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
         return _varlen(*flat, cu_seqlens, cu_seqlens, max_length, max_length, scale, causal=False)[None]
     lengths = cu_seqlens.diff()
     if len(lengths.unique()) == 1:
         heads = (x[0].unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (q, k, v))
         return F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2).flatten(0, 1)[None]
-    out = torch.empty(q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype)
+    out = q.new_empty(q.shape[2], q.shape[1], q.shape[3])
     for length in lengths.unique().tolist():
         starts = cu_seqlens[:-1][lengths == length].long()
-        index = starts[:, None] + torch.arange(length)
+        index = starts[:, None] + torch.arange(length, device=starts.device)
         heads = (x[0][:, index].transpose(0, 1) for x in (q, k, v))  # (segments, H, length, d)
         result = F.scaled_dot_product_attention(*heads, scale=scale)
         out = out.index_put((index.reshape(-1),), result.transpose(1, 2).reshape(-1, q.shape[1], q.shape[3]))

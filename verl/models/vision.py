@@ -27,6 +27,14 @@ def _one_grid(grid: Grid, merge_size: int, window_size: int, patch_size: int) ->
     return positions, order, full, cu_windows.diff()
 
 
+def segment_lengths(
+    grid: Grid, *, merge_size: int, window_size: int, patch_size: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Patches of each full-attention segment (a frame) and of each window of one picture."""
+    _, _, full, windows = _one_grid(grid, merge_size, window_size, patch_size)
+    return tuple(full.tolist()), tuple(windows.tolist())
+
+
 def vision_plan(
     grids: Sequence[Grid], *, merge_size: int, window_size: int, patch_size: int, device: torch.device
 ) -> dict[str, Tensor | int]:
