@@ -229,6 +229,12 @@ def _fsdp(node: str, fsdp: FSDPConfig, ranks: int) -> Problems:
     size = fsdp.fsdp_size
     if size != -1 and (size < 1 or ranks % size):
         yield f"{node}.fsdp_size={size} must be -1 or divide the {ranks} ranks"
+    buffers = fsdp.mixed_precision.buffer_dtype
+    if buffers != "fp32":
+        yield (
+            f"{node}.mixed_precision.buffer_dtype={buffers} must be fp32: the buffers are rotary frequencies, and half"
+            " precision does not tell neighbouring positions of a long sequence apart"
+        )
 
 
 def _micro_batches(config: PPOConfig) -> Problems:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from verl.config.derived import uses_reference
+from verl.config.nodes import FSDPConfig
 from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig
 
@@ -97,6 +98,15 @@ def _actor(config: PPOConfig) -> Inert:
         yield f"{_ACTOR}.optim.lr_warmup_steps_ratio", f"lr_warmup_steps={actor.optim.lr_warmup_steps} comes first"
     if actor.optim.warmup_style == "constant":
         yield f"{_ACTOR}.optim.min_lr_ratio", f"{_ACTOR}.optim.warmup_style=constant"
+    yield from _offload(f"{_ACTOR}.fsdp_config", actor.fsdp_config, config.trainer.device)
+
+
+def _offload(node: str, fsdp: FSDPConfig, device: str) -> Inert:
+    on_host = {"param_offload": fsdp.param_offload, "optimizer_offload": fsdp.optimizer_offload}
+    for name in (name for name, asked in on_host.items() if asked and device == "cpu"):
+        yield f"{node}.{name}", "trainer.device=cpu has no other memory than the host's"
+    if fsdp.optimizer_offload and fsdp.param_offload:
+        yield f"{node}.optimizer_offload", f"{node}.param_offload=True keeps the optimizer state on the host already"
 
 
 def _sizes(config: PPOConfig) -> Inert:
@@ -163,6 +173,7 @@ def _sft(config: SFTConfig) -> Inert:
     if not rollout.do_sample:
         for name in ("temperature", "top_k", "top_p"):
             yield f"rollout.{name}", "rollout.do_sample=False is greedy"
+    yield from _offload("model.fsdp_config", config.model.fsdp_config, trainer.device)
     if config.optim.lr_scheduler == "constant":
         yield "optim.min_lr_ratio", "optim.lr_scheduler=constant"
     if not config.data.shuffle:

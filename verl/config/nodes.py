@@ -30,7 +30,7 @@ class MixedPrecisionConfig:
     reduce_dtype: Precision
     """Type of the gradients while they are reduced over ranks."""
     buffer_dtype: Precision
-    """Type of buffers such as rotary frequencies."""
+    """Type of buffers such as rotary frequencies; only fp32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class FSDPConfig:
     param_offload: bool
     """Keep the weights in host memory while the actor does not compute."""
     optimizer_offload: bool
-    """Keep the optimizer state in host memory between updates."""
+    """Keep the optimizer state in host memory between updates; the numbers do not change."""
     fsdp_size: int
     """Ranks that share one copy of the model; -1: all of them. Must divide the number of ranks."""
     model_dtype: Precision

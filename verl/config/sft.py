@@ -142,7 +142,7 @@ class SFTTrainerConfig:
     n_gpus_per_node: int
     """Ranks per machine; on CPU the number of processes."""
     seed: int
-    """Seed of the run; data.seed and rollout.seed follow it."""
+    """Seed of the run; data.seed and rollout.seed follow it, and the global generators start from it each step."""
     total_epochs: int
     """Passes over the training rows."""
     total_training_steps: int | None

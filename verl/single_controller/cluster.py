@@ -8,7 +8,10 @@ import time
 from dataclasses import dataclass
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from verl.single_controller.placement import by_node
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +62,20 @@ _DEFAULT_ENV = {
 }
 
 
-def reserve(resources: Resources, timeout: float) -> PlacementGroup:
+@dataclass(frozen=True)
+class Placement:
+    """Reserved bundles in the order of ranks: the ranks of a node are consecutive."""
+
+    group: PlacementGroup
+    bundles: tuple[int, ...]
+    """Index of each rank's bundle in `group`."""
+
+    def of_rank(self, rank: int) -> PlacementGroupSchedulingStrategy:
+        """Where rank `rank` runs."""
+        return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles[rank])
+
+
+def reserve(resources: Resources, timeout: float) -> Placement:
     """One bundle per rank, ranks of a node side by side. Raises TimeoutError saying what the cluster has and lacks."""
     bundle = {"GPU": 1.0, "CPU": _CPU_SHARE} if resources.device == "cuda" else {"CPU": _CPU_SHARE}
     group = placement_group([bundle] * resources.ranks, strategy="PACK")
@@ -75,4 +91,5 @@ def reserve(resources: Resources, timeout: float) -> PlacementGroup:
                 f"could not reserve {state} within {timeout:.0f} s: lower trainer.n_gpus_per_node or nnodes"
             )
         log.warning("waiting for %s (%.0f s)", state, waited)
-    return group
+    node_of = placement_group_table(group)["bundles_to_node_id"]
+    return Placement(group, by_node([node_of[index] for index in range(resources.ranks)]))

@@ -9,9 +9,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from verl.single_controller.cluster import Placement
 from verl.single_controller.worker import WorkerFailure, WorkerShell
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ def unwrap(value: Any) -> Any:
 
 
 class WorkerGroup:
-    """Equal workers of one kind, rank i on bundle i of a placement group.
+    """Equal workers of one kind, rank i where the placement puts it.
 
     Every wait is bounded by `timeout` seconds and says every 30 s what it waits for.
     """
@@ -46,7 +45,7 @@ class WorkerGroup:
         self,
         name: str,
         *,
-        bundles: PlacementGroup,
+        bundles: Placement,
         size: int,
         gpus: float,
         threads: int,
@@ -58,7 +57,7 @@ class WorkerGroup:
             shell.options(
                 num_cpus=0,
                 num_gpus=gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=rank),
+                scheduling_strategy=bundles.of_rank(rank),
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
             ).remote(name, rank, threads)
             for rank in range(size)

@@ -34,7 +34,7 @@ from verl.trainer.ppo.validation import ValidationResult, validate
 from verl.trainer.ppo.workers import PATCH_WEIGHT
 from verl.utils.checkpoint.manager import Checkpoint, CheckpointManager
 from verl.utils.dataset.images import ImageSpec
-from verl.utils.dataset.patches import open_patches
+from verl.utils.dataset.patches import PatchSource, open_patches
 from verl.utils.dataset.prompts import Truncation
 from verl.utils.dataset.rl_dataset import (
     DatasetOptions,
@@ -51,7 +51,7 @@ from verl.utils.tracking import Tracker
 from verl.workers.actor.build import build_policy, build_runner, build_train_engine, load_engine, save_engine
 from verl.workers.actor.engine import full_parameters
 from verl.workers.actor.objective import SFTObjective, merge_metrics
-from verl.workers.rollout.base import Sampling
+from verl.workers.rollout.base import RolloutEngine, Sampling
 from verl.workers.rollout.hf import HFEngine
 from verl.workers.runtime import (
     all_gather_objects,
@@ -60,6 +60,7 @@ from verl.workers.runtime import (
     memory_metrics,
     parameter_table,
     resolve_device,
+    seed_draws,
     start_process_group_from_env,
 )
 
@@ -116,6 +117,7 @@ class SFTTrainer:
         self.config = config
         self.device = resolve_device(config.trainer.device)
         self.rank, self.world = start_process_group_from_env(self.device)
+        seed_draws(config.trainer.seed, 0)
         import_external(config.model.external_lib)
         self.folder = check_model_folder(config.model.partial_pretrain, "model.partial_pretrain")
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=config.model.trust_remote_code)
@@ -150,15 +152,26 @@ class SFTTrainer:
         )
         runner = build_runner(policy, patches, self.device, temperature=1.0)
         self.engine = build_train_engine(
-            runner, sft_optim(config), clip_grad=config.optim.clip_grad, optimizer_steps=self.total_steps
+            runner,
+            sft_optim(config),
+            config.model.fsdp_config,
+            clip_grad=config.optim.clip_grad,
+            optimizer_steps=self.total_steps,
         )
-        dtype = compute_dtype(config.rollout.dtype, self.device)
-        copy = load_policy(self.folder, self.tokenizer, dtype=dtype, overrides=config.model.override_config)
-        self.generator = HFEngine(
+        self.generator = self._build_generator(patches)
+
+    def _build_generator(self, patches: PatchSource) -> RolloutEngine:
+        """The engine of `rollout.name`; it lives in this process, beside the weights it is given."""
+        rollout = self.config.rollout
+        if rollout.name != "hf":
+            raise ValueError(f"rollout.name={rollout.name}: validation answers of SFT are written by hf; set hf")
+        dtype = compute_dtype(rollout.dtype, self.device)
+        copy = load_policy(self.folder, self.tokenizer, dtype=dtype, overrides=self.config.model.override_config)
+        return HFEngine(
             copy.to(self.device),
             patches,
             stop_ids=stop_ids(self.folder, self.tokenizer),
-            batch_size=config.rollout.hf_batch_size,
+            batch_size=rollout.hf_batch_size,
         )
 
     def fit(self) -> dict[str, float]:
@@ -185,6 +198,8 @@ class SFTTrainer:
         return metrics | self._report_test()
 
     def _step(self) -> dict[str, float]:
+        # By step, so that a resumed run draws what an uninterrupted one does.
+        seed_draws(self.config.trainer.seed, self.step)
         phase = Phases()
         with phase("step"):
             rows = self.sampler.next_batch(self.config.data.train_batch_size)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import random
 import resource
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -32,9 +34,25 @@ def resolve_device(name: str) -> str:
     return ("cuda" if available else "cpu") if name == "auto" else name
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """The precision of a name as the config writes it."""
+    return _DTYPES[name]
+
+
 def compute_dtype(name: str, device: str) -> torch.dtype:
     """The named precision; on CPU always fp32, where half precision is slower and its kernels are incomplete."""
-    return torch.float32 if device == "cpu" else _DTYPES[name]
+    return torch.float32 if device == "cpu" else dtype_of(name)
+
+
+def seed_draws(*key: int) -> None:
+    """Make the global generators of python, numpy and torch a function of `key` (non-negative integers).
+
+    Our own noise has generators of its own; this is for code that is not ours: external_lib, reward functions.
+    """
+    python, numpy_seed, torch_seed = (int(word) for word in np.random.SeedSequence(key).generate_state(3))
+    random.seed(python)
+    np.random.seed(numpy_seed)
+    torch.manual_seed(torch_seed)
 
 
 def start_process_group(rank: int, world: int, address: tuple[str, int], device: str) -> None:

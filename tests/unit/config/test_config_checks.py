@@ -63,6 +63,7 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
         ({f"{A}.optim.betas": (0.9, 1.0)}, "less than 1"),
         ({f"{A}.optim.lr_warmup_steps_ratio": 2.0}, "between 0 and 1"),
         ({f"{A}.fsdp_config.fsdp_size": 3}, "must be -1 or divide the 4 ranks"),
+        ({f"{A}.fsdp_config.mixed_precision.buffer_dtype": "bf16"}, "buffer_dtype=bf16 must be fp32"),
         ({"trainer.resume_mode": "resume_path"}, "needs trainer.resume_from_path"),
         ({"trainer.resume_mode": "resume_path", "trainer.resume_from_path": "x/latest"}, "must end in global_step_N"),
         ({"trainer.resume_mode": "atuo"}, "expected auto, disable, resume_path"),
@@ -153,6 +154,16 @@ def test_an_sft_contradiction_names_the_key_to_change(changes: dict[str, Any], m
         ({"custom_reward_function.path": "r.py"}, "reward.format", "custom_reward_function.path"),
         ({"data.shuffle": False}, "data.seed", "data.shuffle=False"),
         ({f"{R}.val_kwargs.do_sample": False}, f"{R}.val_kwargs.temperature", "greedy"),
+        (
+            {"trainer.device": "cpu", f"{A}.fsdp_config.optimizer_offload": True},
+            f"{A}.fsdp_config.optimizer_offload",
+            "no other memory",
+        ),
+        (
+            {f"{A}.fsdp_config.param_offload": True, f"{A}.fsdp_config.optimizer_offload": True},
+            f"{A}.fsdp_config.optimizer_offload",
+            "on the host already",
+        ),
     ],
 )
 def test_a_key_without_effect_is_named_only_when_the_user_set_it(

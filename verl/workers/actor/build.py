@@ -15,7 +15,7 @@ from verl.utils.checkpoint.sharded import load_optimizer, load_sharded, model_st
 from verl.utils.dataset.patches import PatchSource
 from verl.workers.actor.engine import PackedRunner, ShardSpec, TrainEngine, shard
 from verl.workers.actor.optim import optim_spec
-from verl.workers.runtime import build_mesh, compute_dtype
+from verl.workers.runtime import build_mesh, compute_dtype, dtype_of
 
 
 def build_policy(
@@ -43,6 +43,9 @@ def build_policy(
         checkpointing=model.enable_gradient_checkpointing and trained,
         overrides=model.override_config,
     )
+    buffers = dtype_of(precision.buffer_dtype)
+    other = {name: b.dtype for name, b in policy.named_buffers() if b.is_floating_point() and b.dtype != buffers}
+    assert not other, f"mixed_precision.buffer_dtype={precision.buffer_dtype}, but these buffers differ: {other}"
     policy.requires_grad_(trained)
     if freeze_vision:
         policy.hf.model.visual.requires_grad_(False)
@@ -60,9 +63,12 @@ def build_runner(policy: Policy, patches: PatchSource, device: str, temperature:
 
 
 def build_train_engine(
-    runner: PackedRunner, optim: OptimConfig, *, clip_grad: float, optimizer_steps: int
+    runner: PackedRunner, optim: OptimConfig, fsdp: FSDPConfig, *, clip_grad: float, optimizer_steps: int
 ) -> TrainEngine:
-    return TrainEngine(runner, optim_spec(optim, clip_grad=clip_grad, optimizer_steps=optimizer_steps))
+    # With param_offload FSDP2 updates on the host, and the state lies there anyway.
+    offload = fsdp.optimizer_offload and not fsdp.param_offload
+    spec = optim_spec(optim, clip_grad=clip_grad, optimizer_steps=optimizer_steps)
+    return TrainEngine(runner, spec, offload_optimizer=offload)
 
 
 def save_engine(engine: TrainEngine, checkpoint: Checkpoint, *, source: Path, dtype: torch.dtype) -> dict[str, int]:
@@ -80,4 +86,6 @@ def load_engine(engine: TrainEngine, checkpoint: Checkpoint, clock: dict[str, in
     load_sharded(checkpoint.model, model_state(engine.policy.hf))
     if clock is not None:
         load_optimizer(checkpoint.optimizer, engine.policy.hf, engine.optimizer)
+        if engine.offload is not None:
+            engine.offload.park()
         engine.set_clock(clock)

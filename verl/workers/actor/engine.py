@@ -26,6 +26,7 @@ from verl.packing.layout import pack
 from verl.protocol import LogProbs, Prompt, TrainGroup, TrainSample
 from verl.utils.dataset.patches import PatchSource
 from verl.workers.actor.objective import Objective, merge_metrics
+from verl.workers.actor.offload import OptimizerOffload
 from verl.workers.actor.optim import OptimSpec, build_optimizer, lr_factor
 
 
@@ -102,11 +103,12 @@ class PackedRunner:
 class TrainEngine:
     """A sharded policy with its optimizer. See the module's invariants."""
 
-    def __init__(self, runner: PackedRunner, spec: OptimSpec) -> None:
+    def __init__(self, runner: PackedRunner, spec: OptimSpec, *, offload_optimizer: bool = False) -> None:
         self.runner = runner
         self.policy = runner.policy
         self.spec = spec
         self.optimizer = build_optimizer(self.policy, spec)
+        self.offload = OptimizerOffload(self.optimizer) if offload_optimizer else None
         self.steps = 0
         """Optimizer steps so far, skipped ones included; the schedule's clock."""
         self.skipped = 0

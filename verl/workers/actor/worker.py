@@ -64,7 +64,11 @@ class ActorWorker:
             trained=True, offload=actor.fsdp_config.param_offload, freeze_vision=actor.freeze_vision_tower
         )
         self.engine = build_train_engine(
-            self._runner(policy), actor.optim, clip_grad=actor.grad_clip, optimizer_steps=optimizer_steps
+            self._runner(policy),
+            actor.optim,
+            actor.fsdp_config,
+            clip_grad=actor.grad_clip,
+            optimizer_steps=optimizer_steps,
         )
         self.objective = policy_objective(config)
         self.reference: PackedRunner | None = None

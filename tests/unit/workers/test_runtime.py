@@ -1,0 +1,38 @@
+"""What worker processes share: global generators, precision by name."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from verl.workers.runtime import compute_dtype, dtype_of, seed_draws
+
+
+@pytest.fixture(autouse=True)
+def _generators_as_they_were() -> object:
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    random.setstate(before[0])
+    np.random.set_state(before[1])
+    torch.set_rng_state(before[2])
+
+
+def draws(*key: int) -> list[float]:
+    seed_draws(*key)
+    return [random.random(), float(np.random.random()), torch.rand(()).item()]
+
+
+def test_the_global_generators_are_a_function_of_the_key() -> None:
+    assert draws(1, 2) == draws(1, 2)
+    different = [i for i, (a, b) in enumerate(zip(draws(1, 2), draws(1, 3), strict=True)) if a == b]
+    assert different == [], "python, numpy and torch each differ between two steps"
+    assert draws(1, 2) != draws(2, 2)
+
+
+def test_precision_follows_the_name_and_on_cpu_is_fp32() -> None:
+    assert [dtype_of(name) for name in ("fp32", "bf16", "float16")] == [torch.float32, torch.bfloat16, torch.float16]
+    assert {compute_dtype(name, "cpu") for name in ("fp32", "bf16", "float16")} == {torch.float32}
+    assert compute_dtype("bf16", "cuda") == torch.bfloat16
