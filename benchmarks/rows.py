@@ -79,13 +79,22 @@ def command() -> str:
     return "python3 " + shlex.join([str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
 
 
-def write(script: str, rows: Sequence[BenchmarkRow], *, folder: Path = RESULTS, show: bool = True) -> None:
-    """Write the rows as `<folder>/<script>.json` and print them."""
+def write(
+    script: str, rows: Sequence[BenchmarkRow], *, folder: Path = RESULTS, show: bool = True, append: bool = False
+) -> None:
+    """Write the rows as `<folder>/<script>.json` and print them.
+
+    `append` keeps what is there, but for rows of the same name, workload and hardware, which these replace.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    content = [asdict(row) for row in rows]
-    (folder / f"{script}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    file = folder / f"{script}.json"
+    made = [asdict(row) for row in rows]
+    new = {_identity(row) for row in made}
+    kept = json.loads(file.read_text()) if append and file.exists() else []
+    content = [row for row in kept if _identity(row) not in new] + made
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     if show:
-        print(table(content))
+        print(tables(made))
 
 
 def read(script: str, folder: Path = RESULTS) -> list[BenchmarkRow]:
@@ -94,8 +103,20 @@ def read(script: str, folder: Path = RESULTS) -> list[BenchmarkRow]:
     return [BenchmarkRow(**row) for row in json.loads(path.read_text())] if path.is_file() else []
 
 
+def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["row"], row["workload"], row["hardware"]
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One table for each command, machine and commit among the rows, in order of first appearance."""
+    by_run: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_run.setdefault((row["command"], row["hardware"], row["commit"], row["date"]), []).append(row)
+    return "\n\n".join(map(table, by_run.values()))
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of one script as a markdown table, with what they share above it."""
+    """Rows of one run as a markdown table, with what they share above it."""
     shared = rows[0]
     stack = ", ".join(f"{name} {version}" for name, version in shared["versions"].items())
     lines = [
@@ -120,7 +141,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="replace the tables between the marks in README.md")
     args = parser.parse_args()
     files = sorted(RESULTS.glob("*.json"))
-    text = "\n\n".join(f"**{file.stem}.** {table(json.loads(file.read_text()))}" for file in files)
+    text = "\n\n".join(f"**{file.stem}.** {tables(json.loads(file.read_text()))}" for file in files)
     if not args.write:
         print(text)
         return
