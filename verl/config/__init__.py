@@ -1,6 +1,8 @@
 """Typed configuration: one frozen dataclass per yaml node, checked at start. Imports no torch and no ray."""
 
 from verl.config.derived import TokenBudgets, clip_range, token_budgets, uses_reference, warmup_steps, world_size
+from verl.config.evaluation import EvaluationConfig
+from verl.config.generation import GenerationConfig
 from verl.config.loader import Resolved, load, resolve, to_dict, to_yaml
 from verl.config.plan import BatchPlan, batch_plan, is_due
 from verl.config.ppo import PPOConfig
@@ -9,6 +11,8 @@ from verl.config.table import render_table, resolved_table
 
 __all__ = [
     "BatchPlan",
+    "EvaluationConfig",
+    "GenerationConfig",
     "PPOConfig",
     "Resolved",
     "SFTConfig",

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from verl.config.generation import GenerationConfig
 from verl.config.nodes import ActorConfig, ModelConfig, OptimConfig
 from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig
@@ -153,6 +154,29 @@ def sft_model(config: SFTConfig) -> ModelConfig:
         override_config=model.override_config,
         enable_gradient_checkpointing=model.enable_gradient_checkpointing,
         use_remove_padding=True,
+    )
+
+
+def generation_engine(config: GenerationConfig, base: PPOConfig) -> PPOConfig:
+    """The config that rollout workers are built from: `base` with this model, engine, device and limits."""
+    workers, limits = base.actor_rollout_ref, config.rollout
+    model = replace(
+        workers.model,
+        path=config.model.path,
+        external_lib=config.model.external_lib,
+        trust_remote_code=config.model.trust_remote_code,
+        override_config=config.model.override_config,
+    )
+    data = replace(base.data, max_prompt_length=limits.prompt_length, max_response_length=limits.response_length)
+    trainer = replace(
+        base.trainer,
+        device=config.trainer.device,
+        nnodes=config.trainer.nnodes,
+        n_gpus_per_node=config.trainer.n_gpus_per_node,
+        val_only=True,
+    )
+    return replace(
+        base, data=data, trainer=trainer, actor_rollout_ref=replace(workers, model=model, rollout=config.rollout)
     )
 
 

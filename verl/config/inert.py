@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from verl.config.derived import uses_reference
+from verl.config.evaluation import EvaluationConfig
 from verl.config.nodes import FSDPConfig
 from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig
@@ -41,6 +42,19 @@ def inert_ppo(config: PPOConfig, user_set: Mapping[str, str]) -> list[str]:
 def inert_sft(config: SFTConfig, user_set: Mapping[str, str]) -> list[str]:
     """One line for each key of `user_set` (key -> the value as written) that this run does not use."""
     return _select(_sft(config), user_set)
+
+
+def inert_evaluation(config: EvaluationConfig, user_set: Mapping[str, str]) -> list[str]:
+    """One line for each key of `user_set` (key -> the value as written) that this run does not use."""
+    return _select(_custom_reward(config), user_set)
+
+
+def _custom_reward(config: EvaluationConfig) -> Inert:
+    if config.custom_reward_function.path is None:
+        yield "custom_reward_function.name", "custom_reward_function.path is null"
+        yield "custom_reward_function.reward_kwargs.", "custom_reward_function.path is null"
+    else:
+        yield "reward.format", "custom_reward_function.path replaces the task's own reward"
 
 
 def _select(pairs: Inert, user_set: Mapping[str, str]) -> list[str]:

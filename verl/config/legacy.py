@@ -185,6 +185,23 @@ SFT_RULES: dict[str, Rule] = {
     "hydra.*": warn("hydra's own output folder is not used; see trainer.default_local_dir"),
 }
 
+GENERATION_RULES: dict[str, Rule] = {
+    "actor.*": warn("nothing is trained here"),
+    "rollout.use_fire_sampling": warn("there is no FIRE sampling", False),
+    "trainer.project_name": warn("nothing is tracked here"),
+    "trainer.experiment_name": warn("nothing is tracked here"),
+    "hydra.*": warn("hydra's own output folder is not used; see data.output_path"),
+    "ray_init.*": warn("Ray is started as for training; set RAY_ADDRESS to join a cluster"),
+    "ray_kwargs.*": warn("Ray is started as for training; set RAY_ADDRESS to join a cluster"),
+}
+
+EVALUATION_RULES: dict[str, Rule] = {
+    "reward.custom_reward_function.*": alias("custom_reward_function.*"),
+    "hydra.*": warn("hydra's own output folder is not used"),
+    "ray_init.*": warn("scoring runs in this process"),
+    "ray_kwargs.*": warn("scoring runs in this process"),
+}
+
 _PRECISIONS = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 _DTYPES = {short: long for long, short in _PRECISIONS.items()} | {"half": "float16", "float": "float32"}
 _TO_PRECISION = {old: alias(new) for old, new in _PRECISIONS.items()}
@@ -217,6 +234,11 @@ SFT_VALUES: dict[str, dict[Any, Rule]] = {
     "rollout.name": PPO_VALUES["actor_rollout_ref.rollout.name"],
     "rollout.dtype": _TO_DTYPE,
     **{f"model.fsdp_config.{name}": _TO_PRECISION for name in _FSDP},
+}
+
+
+GENERATION_VALUES: dict[str, dict[Any, Rule]] = {
+    f"rollout.{name}": PPO_VALUES[f"actor_rollout_ref.rollout.{name}"] for name in ("name", "load_format", "dtype")
 }
 
 

@@ -25,7 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl.config import legacy
 from verl.config.checks import check_ppo, check_sft
-from verl.config.inert import inert_ppo, inert_sft
+from verl.config.evaluation import EvaluationConfig, check_evaluation
+from verl.config.generation import GenerationConfig, check_generation, inert_generation
+from verl.config.inert import inert_evaluation, inert_ppo, inert_sft
 from verl.config.legacy import Level, Rule
 from verl.config.overrides import Rewritten, parse, rewrite
 from verl.config.ppo import PPOConfig
@@ -35,7 +37,8 @@ from verl.config.sft import SFTConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "trainer" / "config"
 """Where the yaml files lie."""
-ConfigName = Literal["ppo_trainer", "sft_trainer"]
+ConfigName = Literal["ppo_trainer", "sft_trainer", "generation", "evaluation"]
+AnyConfig = PPOConfig | SFTConfig | GenerationConfig | EvaluationConfig
 
 _LOG = logging.getLogger("verl.config")
 
@@ -54,6 +57,10 @@ class Schema:
 SCHEMAS: Mapping[str, Schema] = {
     "ppo_trainer": Schema(PPOConfig, legacy.PPO_RULES, legacy.PPO_VALUES, check_ppo, inert_ppo),
     "sft_trainer": Schema(SFTConfig, legacy.SFT_RULES, legacy.SFT_VALUES, check_sft, inert_sft),
+    "generation": Schema(
+        GenerationConfig, legacy.GENERATION_RULES, legacy.GENERATION_VALUES, check_generation, inert_generation
+    ),
+    "evaluation": Schema(EvaluationConfig, legacy.EVALUATION_RULES, {}, check_evaluation, inert_evaluation),
 }
 
 
@@ -71,7 +78,11 @@ class Resolved:
 def load(config_name: Literal["ppo_trainer"], overrides: Sequence[str]) -> PPOConfig: ...
 @overload
 def load(config_name: Literal["sft_trainer"], overrides: Sequence[str]) -> SFTConfig: ...
-def load(config_name: str, overrides: Sequence[str]) -> PPOConfig | SFTConfig:
+@overload
+def load(config_name: Literal["generation"], overrides: Sequence[str]) -> GenerationConfig: ...
+@overload
+def load(config_name: Literal["evaluation"], overrides: Sequence[str]) -> EvaluationConfig: ...
+def load(config_name: str, overrides: Sequence[str]) -> AnyConfig:
     """The config of `config_name` with dotted `overrides`; its warnings go to the log, one line each.
 
     Raises ValueError on any user mistake.
@@ -79,7 +90,7 @@ def load(config_name: str, overrides: Sequence[str]) -> PPOConfig | SFTConfig:
     resolved = resolve(config_name, overrides)
     for warning in resolved.warnings:
         _LOG.warning("%s", warning)
-    config: PPOConfig | SFTConfig = resolved.config
+    config: AnyConfig = resolved.config
     return config
 
 
@@ -143,13 +154,13 @@ def _old_values(values: dict[str, Any], rules: Mapping[str, Mapping[Any, Rule]])
     return notes
 
 
-def to_dict(config: PPOConfig | SFTConfig) -> dict[str, Any]:
+def to_dict(config: AnyConfig) -> dict[str, Any]:
     """Plain nested mappings and lists, secrets masked: what trackers and files may show."""
     values = mask_secrets(dataclasses.asdict(config))
     assert isinstance(values, dict)
     return values
 
 
-def to_yaml(config: PPOConfig | SFTConfig) -> str:
+def to_yaml(config: AnyConfig) -> str:
     """The resolved config as yaml in the file's order, secrets masked."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)

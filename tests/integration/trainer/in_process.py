@@ -22,7 +22,7 @@ from runs import Run
 
 from verl.single_controller.group import WorkerGroup, unwrap
 from verl.single_controller.worker import WorkerShell
-from verl.trainer import main_ppo, sft_trainer
+from verl.trainer import main_generation, main_ppo, sft_trainer
 from verl.trainer.ppo import cluster
 from verl.workers.weight_sync import shared_memory
 
@@ -99,3 +99,8 @@ def rl_here(overrides: Sequence[str], folder: Path) -> Run:
 def sft_here(overrides: Sequence[str], folder: Path) -> Run:
     """`python3 -m verl.trainer.sft_trainer` in this process."""
     return _captured(sft_trainer.main, overrides, folder)
+
+
+def generation_here(overrides: Sequence[str], folder: Path) -> Run:
+    """`python3 -m verl.trainer.main_generation` in this process."""
+    return _captured(main_generation.main, overrides, folder)

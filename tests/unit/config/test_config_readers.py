@@ -128,7 +128,7 @@ def reads_in(files: Iterable[Path]) -> set[tuple[type, str]]:
 
 
 def unread(files: Iterable[Path]) -> list[str]:
-    """Keys of both yaml files that no module reads."""
+    """Keys of the yaml files that no module reads."""
     found = reads_in(files)
 
     def is_read(owner: type, name: str) -> bool:
@@ -137,6 +137,8 @@ def unread(files: Iterable[Path]) -> list[str]:
     missing: list[str] = []
     for file, schema in SCHEMAS.items():
         for key, _ in leaves(schema.root):
+            if file == "generation" and key.startswith("rollout."):
+                continue  # the class of actor_rollout_ref.rollout, judged there
             owner: Any = schema.root
             *path, name = key.split(".")
             for part in path:

@@ -59,11 +59,14 @@ def start_workers(
     config: PPOConfig,
     stores: Sequence[Path],
     optimizer_steps: int,
-    manager: RewardManager,
+    manager: RewardManager | None,
     *,
     actors: bool = True,
 ) -> Workers:
-    """Start Ray, reserve one bundle per rank and build all workers. `actors=False`: the run only generates."""
+    """Start Ray, reserve one bundle per rank and build all workers. `actors=False`: the run only generates.
+
+    Without a `manager` nothing is scored.
+    """
     trainer = config.trainer
     resources = Resources(trainer.nnodes, trainer.n_gpus_per_node, resolve_device(trainer.device))
     start_ray()
@@ -86,7 +89,7 @@ def start_workers(
         ranks=resources.ranks,
         device=resources.device,
         config=config,
-        rewards=start_reward_pool(config, manager),
+        rewards=None if manager is None else start_reward_pool(config, manager),
     )
     try:
         if actors:

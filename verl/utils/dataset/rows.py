@@ -34,6 +34,12 @@ class Columns:
     reward_model: str = "reward_model"
     extra_info: str = "extra_info"
     response: str | None = None
+    scored: bool = True
+    """False: nobody scores the answers, so `data_source` and `reward_model` may be absent."""
+
+    @property
+    def needs_truth(self) -> bool:
+        return self.scored and self.response is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +104,7 @@ def _read_table(path: Path, columns: Columns) -> pa.Table:
     required = {"data.prompt_key": columns.prompt}
     if columns.response is not None:
         required["data.response_key"] = columns.response
-    else:
+    elif columns.needs_truth:
         required |= {"data.reward_fn_key": columns.data_source, "the reward column": columns.reward_model}
     for key, name in required.items():
         if name not in present:
@@ -189,14 +195,14 @@ def _images(value: Any, folder: Path, where: str) -> tuple[bytes | Path, ...]:
 def _data_source(value: Any, columns: Columns, where: str) -> str:
     if isinstance(value, str) and value:
         return value
-    if columns.response is not None and value is None:
+    if value is None and not columns.needs_truth:
         return ""
     raise ValueError(f"{where}: column {columns.data_source!r} must name the data source, got {value!r}")
 
 
 def _ground_truth(value: Any, columns: Columns, where: str) -> str:
     truth = value.get("ground_truth") if isinstance(value, dict) else None
-    if truth is None and columns.response is not None:
+    if truth is None and not columns.needs_truth:
         return ""
     if truth is None:
         raise ValueError(f"{where}: column {columns.reward_model!r} must hold {{ground_truth}}, got {value!r:.200}")
