@@ -283,5 +283,5 @@ class RewardConfig(ScoringConfig):
     num_workers: int | None
     """Processes that score answers while others are still written; null: one per CPU core, at most 8."""
     parts: Mapping[str, Any]
-    """Changes to the task's parts, and further ones, by name: kind, weight, when, and the options of the kind."""
+    """Changes to the task's parts, and further ones, by name: kind, weight, when, before, and the kind's options."""
     judge: RewardJudgeConfig

@@ -41,7 +41,7 @@ def test_a_right_answer_gets_half_of_the_judges_score_on_top(server: JudgeServer
     assert found.total == pytest.approx(0.9 + 0.1 + 0.5 * 0.6)
     assert found.parts == {"format": 1.0, "label": 1.0, "soft": pytest.approx(0.6)}
     assert found.prediction == "Neuropathy"
-    assert found.extra["judge"]["depth"] == 0.6 and found.extra["capped"] is False
+    assert found.extra["soft/depth"] == 0.6 and found.extra["soft/capped"] is False
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,8 @@ def test_both_ways_into_the_manager_give_the_same_scores(server: JudgeServer, bu
     assert [s.total if s.is_ok else None for s in scores] == pytest.approx([1.25] * 3 + [None] + [1.25] * 2 + [0.1])
     metrics = reward_metrics(["emg_dataset"] * 7, scores)
     assert metrics["reward/failed/server_error"] == metrics["reward/failed/count"] == 1
-    assert metrics["reward/emg_dataset/soft/mean"] == pytest.approx(0.5)
+    assert metrics["reward/emg_dataset/soft/mean"] == metrics["reward/emg_dataset/soft/depth/mean"] == 0.5
+    assert metrics["reward/emg_dataset/soft/capped/mean"] == 0
     assert metrics["reward/emg_dataset/n"] == 6
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from judge_server import JudgeServer, error, good
+from judge_server import JudgeServer, Seen, error, good
 
 from verl.protocol import Prompt, Score
 from verl.utils.reward_score.custom import CustomFunction
@@ -123,6 +123,90 @@ def test_above_the_failure_rate_the_run_stops(tmp_path: Path) -> None:
 
 def judge_options(server: JudgeServer, **changes: Any) -> dict[str, Any]:
     return {"base_url": server.url, "model": "stub", "api_key_env": None, "max_retries": 0, **changes}
+
+
+CALM = """
+import os, time
+
+def compute_score(solution_str, least):
+    if "hang" in solution_str:
+        time.sleep(100)
+    if "die" in solution_str:
+        os._exit(3)
+    if "bad" in solution_str:
+        raise RuntimeError("no")
+    if "nothing" in solution_str:
+        return None
+    return {"score": "calm" in solution_str, "long_enough": len(solution_str) >= least}
+"""
+GATE = """
+import asyncio
+
+async def compute_score(solution_str):
+    await asyncio.sleep(100 if "hang" in solution_str else 0.01)
+    if "bad" in solution_str:
+        raise RuntimeError("no")
+    return "plain" in solution_str
+"""
+SLOW = """
+import time
+
+def compute_score(solution_str):
+    time.sleep(100 if "slow" in solution_str else 0)
+    return 1.0
+"""
+
+
+def custom_part(folder: Path, name: str, body: str, **settings: Any) -> dict[str, Any]:
+    (folder / f"{name}.py").write_text(body)
+    return {"kind": "custom", "path": str(folder / f"{name}.py"), **settings}
+
+
+def outcomes(scores: list[Score]) -> list[float | str]:
+    """The total, or the kind of the failure."""
+    return [round(s.total, 6) if s.is_ok else str(s.reason).split(":")[0] for s in scores]
+
+
+def test_a_users_part_counts_by_weight_and_condition_and_its_failures_stay_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calm = custom_part(tmp_path, "calm", CALM, weight=0.25, when="label", reward_kwargs={"least": 60})
+    manager = RewardManager(max_failure_rate=0.7, parts={"calm": calm}, timeout_s=1.0)
+    said = [("Desktop", "calm"), ("Desktop", "loud"), ("Laptop", "hang, die, bad"), ("Desktop", "hang")]
+    said += [("Desktop", "die"), ("Desktop", "bad"), ("Desktop", "bad"), ("Desktop", "nothing"), ("Desktop", "calm")]
+    with pool_of(manager) as pool, caplog.at_level(logging.WARNING):
+        scores, _ = scores_of(pool, [ANSWER.format(*words) for words in said])
+    failures = ["timeout", "exception", "exception", "exception", "none"]
+    assert outcomes(scores) == [1.25, 1.0, 0.1, *failures, 1.25]
+    assert "calm" not in scores[2].parts, "the part runs only where its condition holds"
+    assert dict(scores[0].parts) == {"format": 1.0, "label": 1.0, "calm": 1.0}
+    assert scores[0].extra == {"calm/long_enough": True}
+    assert sum("RuntimeError: no" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_waiting_parts_of_a_user_stand_beside_the_judge_in_their_order_and_within_their_limit(tmp_path: Path) -> None:
+    parts = {
+        "gate": custom_part(tmp_path, "gate", GATE, weight=0.0, before="soft"),
+        "soft": {"when": ["label", "format", "gate"]},
+        "slow": custom_part(tmp_path, "slow", SLOW, weight=0.125, when="gate"),
+    }
+    words = ["plain plan", "other plan", "hang", "bad", "plain but slow", "plain again"]
+    with JudgeServer() as server:
+        server.plan = lambda _: good(0.5)
+        manager = RewardManager(max_failure_rate=0.5, judge=judge_options(server), parts=parts, timeout_s=1.5)
+        items = [
+            RewardItem(prompt(i, "Myopathy", "emg_dataset"), ANSWER.format("Myopathy", w)) for i, w in enumerate(words)
+        ]
+        with pool_of(manager, "emg_dataset", "Myopathy") as pool:
+            scores = pool.score(items)
+        assert outcomes(scores) == [1.375, 1.0, "timeout", "exception", "timeout", 1.375]
+        assert list(scores[0].parts) == ["format", "label", "gate", "soft", "slow"]
+        asked = [word for word in words if any(f'"extension": "{word}"' in said_to(seen) for seen in server.seen)]
+    assert asked == ["plain plan", "plain but slow", "plain again"], "the judge is asked only behind the gate"
+
+
+def said_to(seen: Seen) -> str:
+    return str(seen.body["messages"][1]["content"])
 
 
 def test_all_workers_share_one_judge_and_its_limits() -> None:

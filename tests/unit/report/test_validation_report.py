@@ -118,6 +118,19 @@ def test_one_answer_a_prompt_has_no_majority_metric() -> None:
     assert not [name for name in metrics if "maj@" in name]
 
 
+def test_a_parts_mean_is_over_the_answers_that_have_it_prompt_by_prompt() -> None:
+    def judged(uid: str, source: str, soft: float | None) -> ValidationRow:
+        parts = {"label": 1.0} if soft is None else {"label": 1.0, "soft": soft}
+        return ValidationRow(uid, source, "Desktop", Score.ok(1.0, parts, "Desktop"))
+
+    rows = [judged("p1", "ctu", 0.2), judged("p1", "ctu", None), judged("p2", "ctu", 0.4), judged("p2", "ctu", 0.8)]
+    rows += [judged("p3", "ctu", None), judged("p4", "other", 0.9), failed("Desktop", uid="p3")]
+    metrics = validation_metrics(classification_report(rows, CLASSES))
+    assert metrics["val-aux/ctu/soft/mean@2"] == pytest.approx((0.2 + 0.6) / 2)
+    assert metrics["val-aux/ctu/label/mean@2"] == 1.0
+    assert metrics["val-aux/other/soft/mean@1"] == 0.9
+
+
 def test_the_metrics_carry_verl_names() -> None:
     metrics = validation_metrics(classification_report(table(), CLASSES))
     assert set(metrics) == {
@@ -126,6 +139,7 @@ def test_the_metrics_carry_verl_names() -> None:
         "val/f1_score/ctu",
         "val-core/ctu/acc/mean@1",
         "val-aux/ctu/score/mean@1",
+        "val-aux/ctu/label/mean@1",
         "val-aux/ctu/acc/standard_error",
         "val-aux/ctu/n",
         "val-aux/ctu/failed",

@@ -115,6 +115,21 @@ def test_a_condition_leaves_a_part_out_and_a_null_drops_it() -> None:
     assert dict(reward.score_now("<class>Desktop</class>", "Laptop", {}).parts) == {"label": 0.0}
 
 
+def test_a_part_may_stand_before_another_and_decide_whether_that_counts(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def compute_score(solution_str):\n    return {'score': 'um' not in solution_str, 'acc': 7}\n")
+    clean = {"kind": "custom", "path": str(path), "weight": 0.0, "before": "soft"}
+    judge, soft = StubJudge(), {"when": ["label", "format", "clean"]}
+    parts = merge_parts(get_task("emg").reward, {"clean": clean, "soft": soft})
+    assert [part.name for part in parts] == ["format", "label", "clean", "soft"]
+    reward = Composite(emg.SCORER, parts, judge=judge)
+    text = "<think>{}</think><class>Myopathy</class><extension>biopsy</extension>"
+    plain, noisy = (asyncio.run(reward.score(text.format(word), "Myopathy", {})) for word in ("a", "um"))
+    assert (plain.total, noisy.total) == (1.3, 1.0) and "soft" not in noisy.parts and len(judge.asked) == 1
+    # Under the part's own name: a bare acc would stand for the accuracy of the answer.
+    assert plain.extra["clean/acc"] == 7 and plain.extra["soft/depth"] == 0.6 and "acc" not in plain.extra
+
+
 def test_a_custom_part_adds_its_number_and_fails_alone(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def words(solution_str, least):\n    return float(len(solution_str.split()) >= least)\n")
@@ -137,6 +152,13 @@ def test_a_custom_part_adds_its_number_and_fails_alone(tmp_path: Path) -> None:
         ({"more": None}, r"reward.parts.more=null: there is no such part"),
         ({"length": {"when": "soft"}}, r"reward.parts.length.when=soft: no earlier part"),
         ({"format": None, "label": None}, r"at least one part"),
+        (
+            {"length": {"before": "soft"}},
+            r"reward.parts.length.before=soft: there is no such part; parts: format, label",
+        ),
+        ({"label": {"before": "label"}}, r"reward.parts.label.before=label: there is no such part"),
+        ({"format": {"when": "label"}}, r"reward.parts.format.when=label: no earlier part"),
+        ({"label": {"when": 3}}, r"reward.parts.label.when=3: give the name of a part"),
     ],
 )
 def test_a_mistake_in_the_parts_names_its_key(overrides: dict[str, Any], message: str) -> None:
@@ -147,7 +169,7 @@ def test_a_mistake_in_the_parts_names_its_key(overrides: dict[str, Any], message
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"length": {"buffer": 200}}, r"buffer=200 must lie between 1 and max_tokens=100"),
+        ({"length": {"buffer": 200}}, r"reward.parts.length: buffer=200 must lie between 1 and max_tokens=100"),
         ({"soft": {}}, r"reward.parts.soft asks a judge"),
         ({"mine": {"kind": "custom"}}, r"reward.parts.mine.path=None"),
         ({"format": {"rule": "stern"}}, r"'stern' of a format part"),
@@ -165,8 +187,34 @@ def test_a_soft_part_needs_an_extension_and_a_rubric() -> None:
     scorer = LabelScorer("mine", ("A", "B"), extension=True)
     with pytest.raises(ValueError, match=r"soft.rubric=None: give name, task and criteria"):
         Composite(scorer, merge_parts(PUBLISHED, {"soft": {}}), judge=StubJudge())
-    rubric = {"name": "r", "task": "t", "criteria": {"depth": "deep"}}
-    Composite(scorer, merge_parts(PUBLISHED, {"soft": {"rubric": rubric}}), judge=StubJudge())
+
+
+RUBRIC = {"name": "r", "task": "t", "criteria": {"depth": "deep"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"criteria": {}}, r"soft.rubric: criteria are \[\]: give at least one"),
+        ({"cap": 2}, r"soft.rubric: cap=2"),
+        ({"stock_phrases": ["x"]}, r"soft.rubric: stock_phrases need stock_field"),
+        ({"stock_phrases": ["x"], "stock_field": "answer"}, r"stock_field='answer': use one of reasoning, class, ext"),
+        ({"critiera": 1}, r"soft.rubric: .*critiera"),
+    ],
+)
+def test_a_rubric_of_the_config_that_cannot_work_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Composite(emg.SCORER, merge_parts(PUBLISHED, {"soft": {"rubric": RUBRIC | changes}}), judge=StubJudge())
+
+
+def test_a_rubric_of_the_config_decides_what_the_judge_is_asked() -> None:
+    judge = StubJudge()
+    rubric = RUBRIC | {"stock_phrases": ["see a doctor"], "stock_field": "extension", "cap": 0.2}
+    reward = Composite(emg.SCORER, merge_parts(PUBLISHED, {"soft": {"rubric": rubric}}), judge=judge)
+    asyncio.run(reward.score("<class>Myopathy</class><extension>See a doctor!</extension>", "Myopathy", {}))
+    (asked,) = judge.asked
+    assert asked.rubric.criteria == (("depth", "deep"),)
+    assert asked.rubric.score({"depth": 0.9}, asked.fields) == (0.2, True)
 
 
 def test_names_are_unique() -> None:

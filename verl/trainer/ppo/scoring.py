@@ -13,6 +13,7 @@ from verl.config.judge import RewardJudgeConfig
 from verl.protocol import Group, Prompt, Response, Score
 from verl.utils.reward_score.custom import CustomFunction
 from verl.utils.reward_score.judge import JudgeConfig
+from verl.utils.reward_score.returns import number
 from verl.utils.tracking import Sample
 from verl.workers.reward_manager import RewardItem, RewardManager
 from verl.workers.rollout.forward import decode
@@ -119,7 +120,7 @@ class Scorer:
     def write_samples(self, path: Path, groups: Sequence[Group]) -> None:
         """One json line per group: question, image keys, truth, and the answers sorted by reward, failed ones last."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8") as file:
             for group in groups:
                 file.write(json.dumps(self._record(group), ensure_ascii=False) + "\n")
 
@@ -144,6 +145,7 @@ class Scorer:
                 "text": text,
                 "score": score.total if score.is_ok else None,
                 "parts": dict(score.parts),
+                "extra": {name: _plain(value) for name, value in score.extra.items()},
                 "prediction": score.prediction,
                 "failed": score.reason,
                 "tokens": len(response.token_ids),
@@ -161,3 +163,9 @@ class Scorer:
             "image_keys": prompt.image_keys,
             "answers": answers,
         }
+
+
+def _plain(value: Any) -> float | str:
+    """An extra field of a score for json: a number where it is one, otherwise its text."""
+    found = number(value)
+    return str(value) if found is None else found

@@ -80,7 +80,7 @@ class SourceReport:
     classification: Classification | None
     """None where no answer could carry a prediction (a function that returns a bare number)."""
     at_n: Mapping[str, float]
-    """`score/mean@N`, `acc/mean@N`, and with N > 1 `acc/maj@N`: means over prompts."""
+    """`score/mean@N`, `acc/mean@N`, with N > 1 `acc/maj@N`, and `<part>/mean@N` of each part: means over prompts."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for a json file in the run folder."""
@@ -212,11 +212,22 @@ def _at_n(
 ) -> dict[str, float]:
     scores = [float(np.mean([row.score.total for row in prompt])) for prompt in prompts]
     told = [[a for row in prompt if (a := accuracies[id(row)]) is not None] for prompt in prompts]
-    found = {f"score/mean@{per_prompt}": scores, f"acc/mean@{per_prompt}": [float(np.mean(a)) for a in told if a]}
+    found = _parts_at_n(prompts, per_prompt)
+    found |= {f"score/mean@{per_prompt}": scores, f"acc/mean@{per_prompt}": [float(np.mean(a)) for a in told if a]}
     if per_prompt > 1:
         votes = [vote for prompt in prompts if (vote := _majority_vote(prompt)) is not None]
         found[f"acc/maj@{per_prompt}"] = votes
     return {name: float(np.mean(values)) for name, values in found.items() if values}
+
+
+def _parts_at_n(prompts: Sequence[Sequence[ValidationRow]], per_prompt: int) -> dict[str, list[float]]:
+    """Each part's mean over the answers of a prompt that have it, prompt by prompt."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for prompt in prompts:
+        for name in {name: None for row in prompt for name in row.score.parts}:
+            values = [row.score.parts[name] for row in prompt if name in row.score.parts]
+            found[f"{name}/mean@{per_prompt}"].append(float(np.mean(values)))
+    return dict(found)
 
 
 def _majority_vote(prompt: Sequence[ValidationRow]) -> float | None:

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from verl.protocol import Prompt, Score
 from verl.timeseries.tasks import get_task
-from verl.utils.reward_score.composite import Composite
+from verl.utils.reward_score.composite import CAPPED, Composite
 from verl.utils.reward_score.parts import PartKind
 from verl.workers.reward_manager.manager import RewardItem, RewardManager
 
@@ -39,6 +39,8 @@ def read_items(path: Path, data_source: str) -> list[RewardItem]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ValueError(f"--file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--file {path}: not utf-8 text ({error})") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             items += _items_of(line, f"{path}, line {number}", data_source, len(items))
@@ -82,24 +84,27 @@ def reasons(composite: Composite, item: RewardItem, score: Score) -> str:
         elif part.kind is PartKind.SOFT and not answer.extension:
             found.append(f"{part.name}: no <extension>")
         elif part.kind is PartKind.SOFT:
-            criteria = ", ".join(f"{name} {value:g}" for name, value in score.extra.get("judge", {}).items())
-            found.append(f"{part.name}: {criteria}{'; capped, stock phrase' if score.extra.get('capped') else ''}")
+            found.append(f"{part.name}: {_criteria(part.name, score)}")
         elif part.kind is PartKind.LENGTH and score.parts[part.name] < 0:
             found.append(f"{part.name}: {item.tokens} tokens")
     return "; ".join(found)
 
 
+def _criteria(part: str, score: Score) -> str:
+    found = {key.removeprefix(f"{part}/"): value for key, value in score.extra.items() if key.startswith(f"{part}/")}
+    capped = found.pop(CAPPED, False)
+    return ", ".join(f"{key} {value:g}" for key, value in found.items()) + (" (capped: stock phrase)" if capped else "")
+
+
 def table(composite: Composite, items: Sequence[RewardItem], scores: Sequence[Score]) -> Table:
-    """One row an answer: truth, prediction, parts, total, reasons."""
+    """One row an answer: truth, prediction, parts, total."""
     made = Table()
-    for column in ("#", "truth", "said", *(f"{p.name} x{p.weight:g}" for p in composite.parts), "total", "why"):
+    for column in ("#", "truth", "said", *(f"{p.name} x{p.weight:g}" for p in composite.parts), "total"):
         made.add_column(column, overflow="fold")
     for number, (item, score) in enumerate(zip(items, scores, strict=True)):
         parts = [f"{score.parts[p.name]:.3g}" if p.name in score.parts else "" for p in composite.parts]
         total = f"{score.total:.4g}" if score.is_ok else "failed"
-        said = score.prediction or ""
-        why = reasons(composite, item, score)
-        made.add_row(*map(escape, (str(number), item.prompt.ground_truth, said, *parts, total, why)))
+        made.add_row(*map(escape, (str(number), item.prompt.ground_truth, score.prediction or "", *parts, total)))
     return made
 
 
@@ -131,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         task, options = get_task(args.task), judge_options(rest)
         parts = yaml.safe_load(args.parts)
+        if not isinstance(parts, Mapping):
+            raise ValueError(f"--parts {args.parts}: give parts by name, such as '{{length: {{buffer: 64}}}}'")
         asks = any(part.kind is PartKind.SOFT for part in task.reward) and not args.no_judge
         if options and not asks:
             raise ValueError(f"--judge options have no effect: {args.task} asks no judge here")
@@ -147,9 +154,15 @@ def _show(
     items = read_items(args.file, data_source)
     manager = RewardManager(max_failure_rate=1.0, answer_format=args.format, judge=judge, parts=parts)
     manager.check_prompts(item.prompt for item in items)
-    scores = manager.score(items)
     composite = manager.composite(data_source)
+    unmeasured = [number for number, item in enumerate(items) if item.tokens is None]
+    if unmeasured and any(part.kind is PartKind.LENGTH for part in composite.parts):
+        raise ValueError(f"--file {args.file}: answer {unmeasured[0]} has no tokens, which a length part needs")
+    scores = manager.score(items)
     Console().print(table(composite, items, scores))
+    for number, (item, score) in enumerate(zip(items, scores, strict=True)):
+        if why := reasons(composite, item, score):
+            print(f"{number}: {why}")
     ok = [score.total for score in scores if score.is_ok]
     mean = f"mean {sum(ok) / len(ok):.4g}" if ok else "no mean"
     print(f"{len(ok)} of {len(scores)} scored, {mean}")

@@ -4,6 +4,7 @@ Invariants
 - `total` is the sum of weight x value over the parts whose conditions hold; a part left out is not in `Score.parts`.
 - A part that could not be computed fails the whole answer, with that part's reason: nothing is put in its place.
 - The judge is asked only where its part counts, and never about an answer without an `<extension>`.
+- What a part tells beside its number is in `extra` as `<part>/<key>`, so that parts cannot overwrite each other.
 - With the published parts the result equals `LabelScorer`'s.
 """
 
@@ -24,6 +25,12 @@ from verl.utils.reward_score.tags import AnswerFormat, ParsedAnswer, fold
 
 RESPONSE_TOKENS = "response_tokens"
 """Key of `extra_info` that holds the answer's length in tokens."""
+
+CAPPED = "capped"
+"""Beside a judge's criteria in `Score.extra`: a stock phrase capped the score."""
+
+_FIELDS = ("reasoning", "class", "extension")
+"""What a judge is shown of an answer."""
 
 
 def overlong(tokens: int, *, max_tokens: int, buffer: int) -> float:
@@ -73,6 +80,8 @@ class Composite:
             self._rubrics[part.name] = _rubric(options.get("rubric"), where)
         elif part.kind is PartKind.LENGTH:
             limit, buffer = options.get("max_tokens", self._max_tokens), options.get("buffer")
+            if limit is None:
+                raise ValueError(f"{where} needs max_tokens, the length at which the punishment is full")
             if not isinstance(limit, int) or not isinstance(buffer, int) or not 0 < buffer <= limit:
                 raise ValueError(f"{where}: buffer={buffer} must lie between 1 and max_tokens={limit}")
         elif part.kind is PartKind.CUSTOM:
@@ -135,7 +144,7 @@ class Composite:
                 if not found.is_ok:
                     return found
                 value = found.total
-                extra |= found.extra
+                extra |= {f"{part.name}/{key}": told for key, told in found.extra.items()}
             parts[part.name] = value
             total += part.weight * value
         return Score.ok(total, parts, answer.label, extra)
@@ -165,13 +174,14 @@ class Composite:
     async def _soft(self, part: RewardPart, answer: ParsedAnswer) -> Score:
         if not answer.extension:
             return Score.ok(0.0)
-        fields = {"reasoning": answer.think or "", "class": answer.label or "", "extension": answer.extension}
+        shown = (answer.think or "", answer.label or "", answer.extension)
+        request = JudgeRequest(self._rubrics[part.name], dict(zip(_FIELDS, shown, strict=True)))
         assert self._judge is not None, f"{part.name} was prepared without a judge"
         try:
-            verdict = await self._judge.judge(JudgeRequest(self._rubrics[part.name], fields))
+            verdict = await self._judge.judge(request)
         except JudgeError as error:
             return failed(error.kind, str(error))
-        return Score.ok(verdict.score, extra={"judge": dict(verdict.criteria), "capped": verdict.capped})
+        return Score.ok(verdict.score, extra={**verdict.criteria, CAPPED: verdict.capped})
 
 
 def _reader(scorer: LabelScorer, parts: Sequence[RewardPart], kind: PartKind, default: LabelScorer) -> LabelScorer:
@@ -193,14 +203,18 @@ def _reader(scorer: LabelScorer, parts: Sequence[RewardPart], kind: PartKind, de
 
 def _rubric(value: Any, where: str) -> Rubric:
     """A rubric as declared in a task file, or as a mapping with its fields in a config."""
-    if isinstance(value, Rubric):
-        return value
+    rubric = value if isinstance(value, Rubric) else _rubric_from(value, where)
+    if rubric.stock_field not in (None, *_FIELDS):
+        raise ValueError(f"{where}.rubric.stock_field={rubric.stock_field!r}: use one of {', '.join(_FIELDS)}")
+    return rubric
+
+
+def _rubric_from(value: Any, where: str) -> Rubric:
     if not isinstance(value, Mapping) or not {"name", "task", "criteria"} <= set(value):
         raise ValueError(f"{where}.rubric={value!r}: give name, task and criteria (key -> meaning)")
     try:
-        settings = {**value, "criteria": tuple(dict(value["criteria"]).items())}
-        phrases = tuple(settings.pop("stock_phrases", ()))
-        return Rubric(**settings, stock_phrases=phrases)
+        settings = {**value, "criteria": tuple((str(k), str(v)) for k, v in dict(value["criteria"]).items())}
+        return Rubric(**settings | {"stock_phrases": tuple(settings.get("stock_phrases") or ())})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}.rubric: {error}") from error
 

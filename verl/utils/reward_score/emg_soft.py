@@ -41,7 +41,8 @@ async def compute_score(
     """The three-part reward, or a failed score with the judge's reason.
 
     `judge` holds options of `JudgeConfig`, or is a judge. Parts: format, label, and soft where class and format are
-    right; the criteria and whether the cap applied are in `extra`. Without an extension soft is 0, unasked.
+    right; `extra` holds the criteria (`soft/depth`) and whether the cap applied (`soft/capped`). Without an extension
+    soft is 0, unasked.
     Raises ValueError for a ground truth outside the classes, an unknown format or judge option.
     """
     scorer = dataclasses.replace(SCORER, answer_format=AnswerFormat(answer_format))

@@ -2,7 +2,7 @@
 
 Invariants
 - Names are unique; a condition names an earlier part of the same reward.
-- Overrides change the named parts and keep the order; new parts come last, in the order given.
+- Overrides change the named parts and keep the order; new parts come last, in the order given, or `before` another.
 - The published reward is `0.1 * format + 0.9 * label`.
 """
 
@@ -39,7 +39,7 @@ _OPTIONS = {
     PartKind.LENGTH: ("max_tokens", "buffer"),
     PartKind.CUSTOM: ("path", "function", "reward_kwargs"),
 }
-_COMMON = ("kind", "weight", "when")
+_COMMON = ("kind", "weight", "when", "before")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class RewardPart:
             raise ValueError(f"{where}.weight={self.weight!r}: give a finite number")
         known = (*_COMMON, *_OPTIONS[self.kind])
         for option in self.options:
-            if option not in known:
+            if option not in _OPTIONS[self.kind]:
                 near = difflib.get_close_matches(str(option), known, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ValueError(f"unknown key {where}.{option}: {hint}known for {self.kind.value}: {', '.join(known)}")
@@ -78,7 +78,8 @@ PUBLISHED = (
 def merge_parts(declared: Sequence[RewardPart], overrides: Mapping[str, Any]) -> tuple[RewardPart, ...]:
     """The declared parts with `overrides` (name -> settings, or None to drop the part).
 
-    A new part needs `kind`, unless its name is one. Raises ValueError naming the key of anything that cannot be.
+    A new part needs `kind`, unless its name is one; `before` moves a part in front of the one it names. Raises
+    ValueError naming the key of anything that cannot be.
     """
     merged: dict[str, RewardPart] = {part.name: part for part in declared}
     for name, settings in overrides.items():
@@ -89,8 +90,18 @@ def merge_parts(declared: Sequence[RewardPart], overrides: Mapping[str, Any]) ->
         if not isinstance(settings, Mapping):
             raise ValueError(f"reward.parts.{name}={settings!r}: give settings such as reward.parts.{name}.weight=0.5")
         merged[name] = _changed(merged.get(name), str(name), settings)
+        if settings.get("before") is not None:
+            merged = _moved(merged, name, settings["before"])
     check_parts(tuple(merged.values()))
     return tuple(merged.values())
+
+
+def _moved(parts: Mapping[str, RewardPart], name: str, before: Any) -> dict[str, RewardPart]:
+    others = [other for other in parts if other != name]
+    if before not in others:
+        raise ValueError(f"reward.parts.{name}.before={before}: there is no such part; parts: {', '.join(others)}")
+    at = others.index(before)
+    return {other: parts[other] for other in (*others[:at], name, *others[at:])}
 
 
 def _changed(part: RewardPart | None, name: str, settings: Mapping[str, Any]) -> RewardPart:
@@ -98,7 +109,10 @@ def _changed(part: RewardPart | None, name: str, settings: Mapping[str, Any]) ->
     common: dict[str, Any] = {key: settings[key] for key in ("weight",) if key in settings}
     if "when" in settings:
         when = settings["when"]
-        common["when"] = (when,) if isinstance(when, str) else tuple(when or ())
+        names = [when] if isinstance(when, str) else [] if when is None else when
+        if not isinstance(names, Sequence) or not all(isinstance(other, str) for other in names):
+            raise ValueError(f"reward.parts.{name}.when={when!r}: give the name of a part, or a list of names")
+        common["when"] = tuple(names)
     if part is not None:
         if settings.get("kind", part.kind.value) != part.kind.value:
             raise ValueError(f"reward.parts.{name}.kind={settings['kind']}: the task declares it as {part.kind.value}")

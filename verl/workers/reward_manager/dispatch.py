@@ -27,12 +27,12 @@ Place = tuple[int, int]
 
 
 class Answer(NamedTuple):
-    """One finished answer: its place, its text and its length in tokens."""
+    """One finished answer: its place, its text and its length in tokens, None where nobody counted."""
 
     prompt: int
     answer: int
     text: str
-    tokens: int
+    tokens: int | None
 
 
 PackedScore = tuple[float | None, Mapping[str, float], str | None, str | None, Mapping[str, Any]]
@@ -145,7 +145,7 @@ class Dispatcher:
         self._tickets[self._next_ticket] = _Ticket(prompts)
         return self._next_ticket
 
-    def submit(self, ticket: int, answers: Iterable[tuple[int, int, str, int]]) -> None:
+    def submit(self, ticket: int, answers: Iterable[tuple[int, int, str, int | None]]) -> None:
         """Queue finished answers (the fields of `Answer`) of an open ticket."""
         prompts = self._tickets[ticket].prompts
         for prompt, answer, text, tokens in answers:

@@ -1,7 +1,8 @@
 """The reward pool: Ray processes that score answers while others are still written.
 
 One hub deals answers to the workers (`dispatch.py`), and starts the one judge that all workers ask, so that its limits
-hold for the run. All of them ask Ray for no CPU. Rollout workers send finished answers straight to the hub.
+hold for the run. Hub and judge live on the driver's node. All of them ask Ray for no CPU. Rollout workers send finished
+answers straight to the hub.
 
 Invariants
 - The scores are those of the same `RewardManager` in one process.
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl.protocol import Prompt, Score
 from verl.utils.reward_score.judge import JudgeConfig, JudgeError, JudgeRequest, LLMJudge, Verdict
@@ -196,14 +198,13 @@ class RewardHub:
 
     def _judge_for(self, config: JudgeConfig) -> Any:
         if config not in self._judges:
-            actor = ray.remote(JudgeActor).options(num_cpus=0, max_concurrency=10_000)
-            self._judges[config] = actor.remote(config)
+            self._judges[config] = ray.remote(JudgeActor).options(**_beside_the_driver()).remote(config)
         return self._judges[config]
 
     async def open(self, prompts: Sequence[Prompt]) -> int:
         return self._dispatcher.open(prompts)
 
-    async def submit(self, ticket: int, answers: Sequence[tuple[int, int, str, int]]) -> None:
+    async def submit(self, ticket: int, answers: Sequence[tuple[int, int, str, int | None]]) -> None:
         self._dispatcher.submit(ticket, answers)
 
     async def progress(self, ticket: int) -> int:
@@ -211,8 +212,9 @@ class RewardHub:
 
     async def collect(self, ticket: int, count: int) -> Collected:
         found = await self._dispatcher.collect(ticket, count)
-        for judge in self._judges.values():
-            found.metrics.update(await judge.metrics.remote())
+        for metrics in await asyncio.gather(*(judge.metrics.remote() for judge in self._judges.values())):
+            for name, value in metrics.items():
+                found.metrics[name] = found.metrics.get(name, 0.0) + value
         return found
 
     async def close(self) -> None:
@@ -236,7 +238,7 @@ class RewardPool:
     def __init__(self, manager: RewardManager, *, workers: int, timeout: float) -> None:
         self._manager, self._timeout = manager, timeout
         plan = dispatch_plan(manager, workers)
-        self._hub = ray.remote(RewardHub).options(num_cpus=0, max_concurrency=10_000).remote(manager.spec, plan)
+        self._hub = ray.remote(RewardHub).options(**_beside_the_driver()).remote(manager.spec, plan)
         self._started = self._hub.start.remote()
 
     def ready(self, timeout: float) -> list[int]:
@@ -269,7 +271,7 @@ class RewardPool:
         answers, places = [], []
         for item in items:
             i = number[id(item.prompt)]
-            answers.append(Answer(i, taken[i], item.text, item.tokens or 0))
+            answers.append(Answer(i, taken[i], item.text, item.tokens))
             places.append((i, taken[i]))
             taken[i] += 1
         for start in range(0, len(answers), _SENT_TOGETHER):
@@ -304,6 +306,12 @@ def dispatch_plan(manager: RewardManager, workers: int) -> DispatchPlan:
     return DispatchPlan(
         workers=workers, waiting=manager.is_async, limit_s=limit, in_flight=max(1, _IN_FLIGHT // workers)
     )
+
+
+def _beside_the_driver() -> dict[str, Any]:
+    """Options of an async actor on the caller's node: there lie the judge's key and, from run to run, its cache."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "max_concurrency": 10_000, "scheduling_strategy": here}
 
 
 def _light(prompt: Prompt) -> Prompt:

@@ -27,6 +27,7 @@ PROMPT_VERSION = "1"
 class Rubric:
     """The criteria of a judge. The score is their mean.
 
+    Raises ValueError when nothing could be graded, or when the cap could not be applied.
     Example: `Rubric(name="clarity", task="An explanation of a plot.", criteria=(("clear", "easy to follow"),))`
     """
 
@@ -39,6 +40,14 @@ class Rubric:
     stock_field: str | None = None
     """The field in which a stock phrase caps the score."""
     cap: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.criteria or len(set(self.keys)) < len(self.criteria):
+            raise ValueError(f"criteria are {list(self.keys)}: give at least one, each with a key of its own")
+        if not 0 <= self.cap <= 1:
+            raise ValueError(f"cap={self.cap}: give a number from 0 to 1")
+        if self.stock_phrases and self.stock_field is None:
+            raise ValueError("stock_phrases need stock_field, the field in which they cap the score")
 
     @property
     def keys(self) -> tuple[str, ...]:
