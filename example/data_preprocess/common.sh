@@ -8,7 +8,8 @@ PYTHON="$ROOT/.venv/bin/python"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 SOURCE=""
-OUTPUT="$ROOT/data/${NAME}_image"
+MODALITY=image
+OUTPUT=""
 ARGS=()
 
 absolute() {
@@ -18,7 +19,7 @@ absolute() {
   esac
 }
 
-# Sets SOURCE, OUTPUT and ARGS.
+# Sets SOURCE, OUTPUT, MODALITY and ARGS.
 parse_arguments() {
   while (($#)); do
     case "$1" in
@@ -30,12 +31,14 @@ parse_arguments() {
       --source=*) SOURCE="$(absolute "${1#--source=}")" ;;
       source=*) SOURCE="$(absolute "${1#source=}")" ;;
       output=*) OUTPUT="$(absolute "${1#output=}")" ;;
+      modality=*) MODALITY="${1#modality=}" ;;
       cache=*) ARGS+=("cache=$(absolute "${1#cache=}")") ;;
       -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
       *) ARGS+=("$1") ;;
     esac
     shift
   done
+  OUTPUT="${OUTPUT:-$ROOT/data/${NAME}_$MODALITY}"
 }
 
 fetch() { # url, target
@@ -73,7 +76,7 @@ published() { # folder
   "$PYTHON" -m verl.timeseries.unpack "task=$NAME" "into=$1"
 }
 
-build_images() {
-  exec "$PYTHON" -m verl.timeseries.build "task=$NAME" modality=image "source=$SOURCE" "output=$OUTPUT" \
+build_data() {
+  exec "$PYTHON" -m verl.timeseries.build "task=$NAME" "modality=$MODALITY" "source=$SOURCE" "output=$OUTPUT" \
     ${ARGS[@]+"${ARGS[@]}"}
 }

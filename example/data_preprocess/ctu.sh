@@ -32,4 +32,4 @@ if [[ -z "$SOURCE" ]]; then
   fi
 fi
 
-build_images
+build_data

@@ -30,4 +30,4 @@ if [[ -z "$SOURCE" ]]; then
   fi
 fi
 
-build_images
+build_data

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the GRPO scripts of all tasks share; sourced by run_*.sh, which set MODEL_PATH, EVAL, PAPER, DATA and `task`.
+# What the GRPO scripts of all tasks share; sourced by run_*.sh, which set MODEL_PATH, EVAL, PAPER, MODALITY, DATA, `task`.
 # shellcheck disable=SC2154 # `task` is set by the script that sources this one
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -19,6 +19,23 @@ if [[ $EVAL == True || $PAPER == True ]]; then
 else
     files=(data.train_files="$DATA/fit.parquet" data.val_files="$DATA/val.parquet" data.test_files="$DATA/test.parquet")
 fi
+if [[ -z $MODEL_PATH ]]; then
+    task_name=$(basename "$0" .sh)
+    task_name=${task_name#run_}
+    sft="checkpoints/TimeMaster_${task_name^^}/sft_$MODALITY"
+    if [[ ! -f $sft/latest_checkpointed_iteration.txt ]]; then
+        echo "error: no checkpoint in $sft: run example/sft/run_${task_name}_sft.sh first, or set MODEL_PATH" >&2
+        exit 2
+    fi
+    MODEL_PATH=$sft/global_step_$(<"$sft/latest_checkpointed_iteration.txt")/actor/huggingface
+fi
+# The prompt counts after image expansion; digits need more room than a plot.
+prompt_length=1024
+experiment=""
+if [[ $MODALITY != image ]]; then
+    prompt_length=${NUMERIC_PROMPT_LENGTH:-4608}
+    experiment=_$MODALITY
+fi
 # Options of the vLLM engine; the hf engine does not use them.
 engine=(
     actor_rollout_ref.rollout.name=vllm
@@ -34,7 +51,7 @@ exec "$python" -m verl.trainer.main_ppo \
     algorithm.adv_estimator=grpo \
     "${files[@]}" \
     data.train_batch_size=64 \
-    data.max_prompt_length=1024 \
+    data.max_prompt_length="$prompt_length" \
     data.max_response_length=1024 \
     data.filter_overlong_prompts=True \
     data.truncation=error \
@@ -59,7 +76,7 @@ exec "$python" -m verl.trainer.main_ppo \
     actor_rollout_ref.ref.fsdp_config.param_offload=True \
     trainer.critic_warmup=0 \
     trainer.logger="['console','wandb']" \
-    trainer.experiment_name=qwen2.5_vl_3b_grpo_sft_rl \
+    trainer.experiment_name="qwen2.5_vl_3b_grpo_sft_rl$experiment" \
     trainer.n_gpus_per_node="$N_GPUS" \
     trainer.nnodes=1 \
     trainer.save_freq=100 \

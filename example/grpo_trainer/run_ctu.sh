@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# GRPO on the CTU plots (make them first: example/data_preprocess/ctu.sh). From the environment:
+# GRPO on the CTU data (make it first: example/data_preprocess/ctu.sh). From the environment:
 #   MODEL_PATH=DIR   a Hugging Face folder to start from (an SFT checkpoint)
+#   MODALITY=numeric the rows with digits in place of the plot (example/data_preprocess/ctu.sh modality=numeric)
 #   EVAL=True        score test.parquet with MODEL_PATH's weights and exit
 #   PAPER=True       the published protocol: train on all 250 rows, validate on test, keep no best checkpoint
 #   N_GPUS=4         ranks on this machine (default: its GPUs; without one, 2 CPU processes)
@@ -12,7 +13,8 @@ set -euo pipefail
 MODEL_PATH=${MODEL_PATH:-./checkpoints/TimeMaster-SFT-Qwen2.5-VL-3B-CTU}
 EVAL=${EVAL:-False}
 PAPER=${PAPER:-False}
-DATA=${DATA:-./data/ctu_image}
+MODALITY=${MODALITY:-image}
+DATA=${DATA:-./data/ctu_$MODALITY}
 
 # shellcheck disable=SC2034 # read by common.sh
 task=(trainer.project_name=TimeMaster_CTU)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# GRPO on the EMG plots (make them first: example/data_preprocess/emg.sh). From the environment:
+# GRPO on the EMG data (make it first: example/data_preprocess/emg.sh). From the environment:
 #   MODEL_PATH=DIR   a Hugging Face folder to start from (an SFT checkpoint)
+#   MODALITY=numeric the rows with digits in place of the plot (example/data_preprocess/emg.sh modality=numeric)
 #   EVAL=True        score test.parquet with MODEL_PATH's weights and exit
 #   PAPER=True       the published protocol: train on all 163 rows, validate on test, keep no best checkpoint
 #   N_GPUS=4         ranks on this machine (default: its GPUs; without one, 2 CPU processes)
@@ -15,7 +16,8 @@ set -euo pipefail
 MODEL_PATH=${MODEL_PATH:-./checkpoints/TimeMaster-SFT-Qwen2.5-VL-3B-EMG}
 EVAL=${EVAL:-False}
 PAPER=${PAPER:-False}
-DATA=${DATA:-./data/emg_image}
+MODALITY=${MODALITY:-image}
+DATA=${DATA:-./data/emg_$MODALITY}
 
 JUDGE_URL=${JUDGE_URL:-https://api.openai.com/v1}
 JUDGE_MODEL=${JUDGE_MODEL:-gpt-4o}

@@ -1,10 +1,12 @@
-"""The data step: an archive in, plots and parquet files out.
+"""The data step: an archive in, plots (or digits) and parquet files out.
 
     python3 -m verl.timeseries.build task=ctu source=ori_data/Computers modality=image
 
 Invariants
 - The same source, seed and versions give the same bytes in every file, on a first run and on a rerun.
-- The output folder is complete or untouched. `fit` and `val` are disjoint, stratified, and together are `train`.
+- The output folder is complete or untouched. `fit` and `val` are disjoint, stratified, and together are `train`; what
+  the archive groups (records, people) is on one side of the cut.
+- Both modalities have the same rows in the same tables.
 - No path below the output holds a label. Rows keep the archive's order, so `extra_info.index` is the archive's row.
 - Each plot is encoded once; the png file, the Arrow folder and the parquet files hold those bytes.
 """
@@ -12,30 +14,36 @@ Invariants
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from verl.timeseries.card import TABLES, looks, make_card
 from verl.timeseries.describe import sft_answer
 from verl.timeseries.folder import replacing
+from verl.timeseries.numeric import NumericFormat
 from verl.timeseries.plot import default_workers, draw_all
 from verl.timeseries.readers import SPLITS, Archive, Split
-from verl.timeseries.split import resplit, stratified_cut, take
+from verl.timeseries.split import cut_split, resplit, stratified_cut, take
 from verl.timeseries.style import override_style
 from verl.timeseries.task import TaskSpec
 from verl.timeseries.tasks import get_task
 
-TABLES = ("train", "test", "fit", "val", "sft_fit", "sft_val")
+MODALITIES = ("image", "numeric")
+NESTED = ("style.", "numeric.")
+"""Starts of keys that change one field of something larger."""
 OWN_ENTRIES = frozenset({"images", *SPLITS, "dataset_dict.json", "data_card.json", *(f"{t}.parquet" for t in TABLES)})
+
+
+Pictures = Mapping[str, Mapping[int, bytes]]
+"""PNG bytes by split and row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +54,9 @@ class BuildConfig:
     source: str | None = None
     """Folder or zip of the archive; null for data that an installed library brings."""
     modality: str = "image"
+    """image: a plot; numeric: its digits in the prompt, and no `images` column."""
     output: str | None = None
-    """Null: `data/<task>_image`."""
+    """Null: `data/<task>_<modality>`."""
     seed: int = 1
     """Of the cut into fit and val (and of `limit`)."""
     workers: int | None = None
@@ -62,6 +71,8 @@ class BuildConfig:
     """Replace an output folder even if it holds files that this program did not write."""
     style: dict[str, Any] = field(default_factory=dict)
     """Overrides of the task's plot style, e.g. `style.width=224`."""
+    numeric: dict[str, Any] = field(default_factory=dict)
+    """Overrides of how digits are written: `numeric.decimals`, `numeric.separator`, `numeric.points`."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +82,9 @@ class BuildResult:
     output: Path
     rows: Mapping[str, int]
     milliseconds_per_plot: float
-    """Wall time over plots, all workers together; near zero when the cache held them."""
+    """Wall time over plots, all workers together; near zero when the cache held them or digits were written."""
     warnings: tuple[str, ...] = ()
-    """What the task wants a reader of results to know."""
+    """What a reader of results must know: said by the task, and found in the files."""
 
 
 def parse_args(args: Sequence[str]) -> BuildConfig:
@@ -83,7 +94,7 @@ def parse_args(args: Sequence[str]) -> BuildConfig:
         key, equals, _ = arg.partition("=")
         if not equals:
             raise ValueError(f"argument {arg!r} is not key=value; keys: {', '.join(known)}")
-        if key.split(".")[0] not in known or ("." in key and not key.startswith("style.")):
+        if key.split(".")[0] not in known or ("." in key and not key.startswith(NESTED)):
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"unknown key {key!r}; {hint}known: {', '.join(known)}")
@@ -109,32 +120,48 @@ def build(config: BuildConfig) -> BuildResult:
     kept = {name: _limited(getattr(archive, name), config, name) for name in SPLITS}
     with replacing(output, own=OWN_ENTRIES, overwrite=config.overwrite) as folder:
         started = time.perf_counter()
-        workers = config.workers or default_workers()
-        pngs = _draw(task, archive, kept, folder, workers=workers, cache=cache)
+        pngs: Pictures | None = None
+        if config.modality == "image":
+            pngs = _draw(task, archive, kept, folder, workers=config.workers or default_workers(), cache=cache)
         drawing = time.perf_counter() - started
         rows = _write(task, archive, kept, pngs, folder, seed=config.seed)
-        _write_card(task, config, archive, kept, rows, folder)
+        arguments = looks(task, config.modality, task.length)
+        arguments |= {name: getattr(config, name) for name in ("seed", "resplit_seed", "limit")}
+        card = make_card(task, archive, rows, arguments=arguments)
+        (folder / "data_card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     counts = {name: len(indices) for name, indices in rows.items()}
     plots = sum(len(indices) for indices in kept.values())
-    return BuildResult(output, counts, drawing / plots * 1e3, task.warnings)
+    return BuildResult(output, counts, drawing / plots * 1e3, tuple(card["warnings"]))
 
 
 def _resolve(config: BuildConfig) -> tuple[TaskSpec, Path, Path | None]:
-    """Task with its style overrides, output folder, cache folder. Raises ValueError on values that cannot work."""
+    """Task with its overrides, output folder, cache folder. Raises ValueError on values that cannot work."""
     task = get_task(config.task)
-    if config.modality == "numeric":
-        raise ValueError("modality=numeric is not available yet; use modality=image")
-    if config.modality != "image":
-        raise ValueError(f"unknown modality={config.modality!r}; known: image")
+    if config.modality not in MODALITIES:
+        raise ValueError(f"unknown modality={config.modality!r}; known: {', '.join(MODALITIES)}")
+    if config.numeric and config.modality == "image":
+        raise ValueError("numeric.* has no effect on plots: set modality=numeric")
     for name in ("workers", "limit"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1, or null")
-    task = replace(task, plot=override_style(task.plot, config.style))
-    output = Path(config.output or f"data/{task.name}_image").expanduser()
+    task = replace(task, plot=override_style(task.plot, config.style), numeric=_numeric(task, config.numeric))
+    output = Path(config.output or f"data/{task.name}_{config.modality}").expanduser()
     if config.cache is None:
         return task, output, None
     return task, output, output.parent / ".plot_cache" if config.cache == "auto" else Path(config.cache).expanduser()
+
+
+def _numeric(task: TaskSpec, values: Mapping[str, Any]) -> NumericFormat:
+    """The task's format with some fields replaced. Raises ValueError on an unknown field or a wrong type."""
+    types = {f.name: f.type for f in fields(NumericFormat)}
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"unknown key numeric.{name}; known: {', '.join(types)}")
+        kinds = {"decimals": (int,), "separator": (str,), "points": (int, type(None))}[name]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"numeric.{name}={value!r} must be of type {types[name]}")
+    return replace(task.numeric, **values)
 
 
 def _limited(split: Split, config: BuildConfig, name: str) -> list[int]:
@@ -172,7 +199,7 @@ def _write(
     task: TaskSpec,
     archive: Archive,
     kept: Mapping[str, Sequence[int]],
-    pngs: Mapping[str, Mapping[int, bytes]],
+    pngs: Pictures | None,
     folder: Path,
     *,
     seed: int,
@@ -181,79 +208,40 @@ def _write(
     # pyarrow and datasets take a second to import, which the drawing processes do not need.
     from verl.timeseries.tables import make_row, save_to_disk, to_table, write_parquet
 
-    made = {
-        split: [
-            make_row(task, split=split, index=row, label=getattr(archive, split).labels[row], png=pngs[split][row])
+    images = pngs is not None
+    made: dict[str, list[dict[str, Any]]] = {}
+    for split in SPLITS:
+        of = getattr(archive, split)
+        made[split] = [
+            make_row(
+                task,
+                split=split,
+                index=row,
+                label=of.labels[row],
+                shown=of.series[row] if pngs is None else pngs[split][row],
+            )
             for row in kept[split]
         ]
-        for split in SPLITS
-    }
     train = take(archive.train, kept["train"])
-    size = round(task.val_fraction * len(train))
-    val, fit = stratified_cut(train.labels, size, seed)
+    val, fit = cut_split(train, round(task.val_fraction * len(train)), seed)
     tables = {**made, "fit": [made["train"][i] for i in fit], "val": [made["train"][i] for i in val]}
     answers = [sft_answer(series, label, task) for series, label in zip(train.series, train.labels, strict=True)]
     for name, rows in tables.items():
-        write_parquet(to_table(rows), folder / f"{name}.parquet")
+        write_parquet(to_table(rows, images=images), folder / f"{name}.parquet")
     for name, numbers in (("sft_fit", fit), ("sft_val", val)):
         rows = [{**made["train"][i], "response": answers[i]} for i in numbers]
-        write_parquet(to_table(rows, response=True), folder / f"{name}.parquet")
+        write_parquet(to_table(rows, images=images, response=True), folder / f"{name}.parquet")
         tables[name] = rows
-    save_to_disk({split: to_table(made[split]) for split in SPLITS}, folder)
+    save_to_disk({split: to_table(made[split], images=images) for split in SPLITS}, folder)
     return {name: [row["extra_info"]["index"] for row in rows] for name, rows in tables.items()}
-
-
-def _write_card(
-    task: TaskSpec,
-    config: BuildConfig,
-    archive: Archive,
-    kept: Mapping[str, Sequence[int]],
-    rows: Mapping[str, Sequence[int]],
-    folder: Path,
-) -> None:
-    """`data_card.json`: what the folder holds and where it comes from; no clock, no absolute path."""
-    labels = {name: [getattr(archive, _split_of(name)).labels[row] for row in rows[name]] for name in TABLES}
-    counts = {name: Counter(of) for name, of in labels.items()}
-    digests = {split: [_digest(getattr(archive, split).series[row]) for row in kept[split]] for split in SPLITS}
-    known = task.download.sha256 if task.download else {}
-    card = {
-        "task": task.name,
-        "data_source": task.data_source,
-        "modality": config.modality,
-        "classes": list(task.classes),
-        "rows": {name: len(of) for name, of in labels.items()},
-        "rows_per_class": {name: {c: counts[name][c] for c in task.classes} for name in TABLES},
-        "majority_share": {name: round(max(counts[name].values()) / len(labels[name]), 4) for name in TABLES},
-        "channels": task.channels,
-        "points": sorted({s.shape[1] for split in SPLITS for s in getattr(archive, split).series}),
-        "canvas": [task.plot.width, task.plot.height],
-        "style": asdict(task.plot),
-        "seed": config.seed,
-        "resplit_seed": config.resplit_seed,
-        "limit": config.limit,
-        "series_in_train_and_test": len(set(digests["train"]) & set(digests["test"])),
-        "source_sha256": dict(archive.digests),
-        "source_as_published": {name: known[name] == sha for name, sha in archive.digests.items() if name in known},
-        "warnings": list(task.warnings),
-        "licence": task.licence,
-        "citation": task.citation,
-    }
-    (folder / "data_card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-
-
-def _split_of(table: str) -> str:
-    return "test" if table == "test" else "train"
-
-
-def _digest(series: Any) -> bytes:
-    return hashlib.sha256(series.tobytes()).digest()
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     started = time.perf_counter()
     try:
-        result = build(parse_args(sys.argv[1:] if args is None else args))
+        config = parse_args(sys.argv[1:] if args is None else args)
+        result = build(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -261,7 +249,8 @@ def main(args: Sequence[str] | None = None) -> int:
     print(f"wrote {result.output}: {rows}")
     for warning in result.warnings:
         print(f"warning: {warning}")
-    print(f"{result.milliseconds_per_plot:.1f} ms per plot, {time.perf_counter() - started:.1f} s in all")
+    drawing = "" if config.modality == "numeric" else f"{result.milliseconds_per_plot:.1f} ms per plot, "
+    print(f"{drawing}{time.perf_counter() - started:.1f} s in all")
     return 0
 
 

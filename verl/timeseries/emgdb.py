@@ -119,6 +119,7 @@ def _check_agreement(values: NDArray[np.float64], stored: NDArray[np.int64], gai
 
 
 def _split(windows: Mapping[str, list[Series]], digests: Mapping[str, str], source: Path, task: TaskSpec) -> Archive:
+    assert task.rows is not None, f"task {task.name} declares no row counts"
     total = sum(len(of) for of in windows.values())
     if total != sum(task.rows):
         raise ValueError(f"{source}: {total} windows, but the archive has {sum(task.rows)}: a recording is cut off")

@@ -31,17 +31,21 @@ import PIL
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from numpy.typing import NDArray
 from PIL import Image
 
 from verl.timeseries.readers import Series
+from verl.timeseries.spectrogram import Spectrogram, power
 from verl.timeseries.style import Panel, PlotStyle
 
-RENDER_VERSION = 1
+RENDER_VERSION = 2
 """Raise it when this file draws differently, so that cached plots are not reused."""
 
 _FONT = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 _LOCK = threading.Lock()
 _PER_TASK = 16
+_LEGEND_ROOM = 14
+"""Pixels between two panels from which on a legend stands between them."""
 _WORTH_PROCESSES = 128
 """Below that many plots, starting processes takes longer than drawing."""
 _pinned = False
@@ -83,15 +87,18 @@ class _Canvas:
         self.figure = Figure(figsize=(style.width / style.dpi, style.height / style.dpi), dpi=style.dpi)
         self.canvas = FigureCanvasAgg(self.figure)
         self.lines: dict[int, Any] = {}
+        self.pictures: dict[int, Any] = {}
+        self.legends_above = len(self.panels) <= style.columns or style.gap >= _LEGEND_ROOM
         self.axes = [self._add_panel(number, panel) for number, panel in enumerate(self.panels)]
         self.changing = [
             artist
             for axes, panel in zip(self.axes, self.panels, strict=True)
             for artist in (
-                *(self.lines[c] for c in panel.channels),
+                *(self.pictures.get(c) for c in panel.channels),
+                *(self.lines.get(c) for c in panel.channels),
                 axes.yaxis,
                 *axes.spines.values(),
-                axes.get_legend(),
+                None if self.legends_above else axes.get_legend(),
             )
             if artist is not None
         ]
@@ -100,13 +107,42 @@ class _Canvas:
 
     def _add_panel(self, number: int, panel: Panel) -> Any:
         style, count = self.style, len(self.panels)
-        height = (style.height - style.bottom - style.top - style.gap * (count - 1)) / count
-        bottom = style.bottom + (count - 1 - number) * (height + style.gap)
-        width = style.width - style.left - style.right
+        columns = min(style.columns, count)
+        rows = -(-count // columns)
+        row, column = divmod(number, columns)
+        height = (style.height - style.bottom - style.top - style.gap * (rows - 1)) / rows
+        width = (style.width - style.left - style.right - style.column_gap * (columns - 1)) / columns
+        bottom = style.bottom + (rows - 1 - row) * (height + style.gap)
+        left = style.left + column * (width + style.column_gap)
         axes = self.figure.add_axes(
-            (style.left / style.width, bottom / style.height, width / style.width, height / style.height)
+            (left / style.width, bottom / style.height, width / style.width, height / style.height)
         )
         axes.margins(x=style.x_margin, y=style.y_margin)
+        # The y axis' own label stays empty; a fixed place spares matplotlib the search for one at every draw.
+        axes.yaxis.set_label_coords(-0.1, 0.5)
+        if style.spectrogram is None:
+            self._add_lines(axes, panel)
+        else:
+            self._add_picture(axes, panel, style.spectrogram)
+        self._add_text(axes, middle=bottom + height / 2, first_column=column == 0, last_row=number + columns >= count)
+        if style.title and number == 0 and columns == 1:
+            beside_legend = self.legends_above and bool(axes.get_legend_handles_labels()[1])
+            axes.set_title(
+                style.title, loc="left" if beside_legend else "center", fontproperties=_font(style.title_size)
+            )
+        elif style.title and number == 0:
+            self.figure.text(
+                (style.left + style.width - style.right) / 2 / style.width,
+                1 - 4 / style.height,
+                style.title,
+                horizontalalignment="center",
+                verticalalignment="top",
+                fontproperties=_font(style.title_size),
+            )
+        return axes
+
+    def _add_lines(self, axes: Any, panel: Panel) -> None:
+        style = self.style
         for position, channel in enumerate(panel.channels):
             named = style.legend and channel < len(style.channel_names)
             (self.lines[channel],) = axes.plot(
@@ -118,16 +154,26 @@ class _Canvas:
             )
         if panel.limits is not None:
             axes.set_ylim(*panel.limits)
-        self._add_text(axes, middle=bottom + height / 2, first=number == 0, last=number == count - 1)
-        return axes
 
-    def _add_text(self, axes: Any, *, middle: float, first: bool, last: bool) -> None:
+    def _add_picture(self, axes: Any, panel: Panel, spectrogram: Spectrogram) -> None:
+        if len(panel.channels) != 1 or panel.limits is not None:
+            raise ValueError(f"style: panel {panel.name!r} of a spectrogram must hold one channel and no limits")
+        self.pictures[panel.channels[0]] = axes.imshow(
+            np.zeros((2, 2)),
+            origin="lower",
+            aspect="auto",
+            interpolation="nearest",
+            cmap=spectrogram.colormap,
+            vmin=0.0,
+            vmax=1.0,
+            extent=(0.0, 1.0, spectrogram.low, spectrogram.top),
+        )
+
+    def _add_text(self, axes: Any, *, middle: float, first_column: bool, last_row: bool) -> None:
         style = self.style
-        if style.title and first:
-            axes.set_title(style.title, fontproperties=_font(style.title_size))
-        if style.x_label and last:
+        if style.x_label and last_row:
             axes.set_xlabel(style.x_label, fontproperties=_font(style.label_size))
-        if style.y_label:
+        if style.y_label and first_column:
             # At a fixed place: matplotlib's own would move with the width of the numbers.
             self.figure.text(
                 2 / style.width,
@@ -138,25 +184,48 @@ class _Canvas:
                 verticalalignment="center",
                 fontproperties=_font(style.label_size),
             )
-        if style.legend and style.channel_names:
-            axes.legend(prop=_font(style.tick_size), loc="upper right")
+        if axes.get_legend_handles_labels()[1]:
+            self._add_legend(axes)
         if not style.ticks:
             axes.set_xticks([])
             axes.set_yticks([])
             return
-        axes.tick_params(labelbottom=last)
+        axes.tick_params(labelbottom=last_row)
         for axis in (axes.xaxis, axes.yaxis):
             # matplotlib copies the first tick's text settings to every tick that it adds later.
             for tick in axis.get_major_ticks():
                 tick.label1.set_fontproperties(_font(style.tick_size))
 
+    def _add_legend(self, axes: Any) -> None:
+        """Above the axes where there is room: it hides no data there, and is drawn once."""
+        names = axes.get_legend_handles_labels()[1]
+        look = {"prop": _font(self.style.tick_size), "ncols": len(names), "handlelength": 1.2, "columnspacing": 1.0}
+        if self.legends_above:
+            axes.legend(
+                loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, borderaxespad=0.1, borderpad=0.1, **look
+            )
+        else:
+            axes.legend(loc="upper right", borderpad=0.2, **look)
+
     def _set(self, series: Series) -> None:
         time = np.arange(series.shape[1])
         for channel, line in self.lines.items():
             line.set_data(time, series[channel])
+        for channel, picture in self.pictures.items():
+            self._set_picture(picture, series[channel])
         for axes, panel in zip(self.axes, self.panels, strict=True):
-            axes.relim()
-            axes.autoscale_view(scalex=True, scaley=panel.limits is None)
+            if self.style.spectrogram is None:
+                axes.relim()
+                axes.autoscale_view(scalex=True, scaley=panel.limits is None)
+
+    def _set_picture(self, picture: Any, channel: NDArray[np.float64]) -> None:
+        of = self.style.spectrogram
+        assert of is not None, "a picture without a spectrogram"
+        picture.set_data(power(channel, of))
+        seconds = len(channel) / of.rate
+        picture.set_extent((0.0, seconds, of.low, of.top))
+        picture.axes.set_xlim(0.0, seconds)
+        picture.axes.set_ylim(of.low, of.top)
 
     def _set_animated(self, animated: bool) -> None:
         for artist in self.changing:
@@ -167,7 +236,7 @@ class _Canvas:
         buffer = self.canvas.buffer_rgba()
         assert buffer.shape[1::-1] == size, f"canvas is {buffer.shape[1::-1]}, style says {size}"
         out = io.BytesIO()
-        Image.frombuffer("RGBA", size, buffer, "raw", "RGBA", 0, 1).convert("RGB").save(out, "PNG", compress_level=6)
+        Image.frombuffer("RGBA", size, buffer, "raw", "RGBA", 0, 1).convert("RGB").save(out, "PNG", compress_level=3)
         return out.getvalue()
 
     def draw(self, series: Series) -> bytes:

@@ -40,6 +40,8 @@ class Split:
 
     series: tuple[Series, ...]
     labels: tuple[str, ...]
+    groups: tuple[str, ...] | None = None
+    """What each row was cut from (a record, a person, a run), which never goes apart. None: rows stand alone."""
 
     def __len__(self) -> int:
         return len(self.series)
@@ -52,6 +54,10 @@ class Archive:
     train: Split
     test: Split
     digests: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    """What a reader of results must know of these files, beside the task's own warnings."""
+    group_kind: str = "row"
+    """What `Split.groups` names, in the singular."""
 
 
 class Reader(Protocol):
@@ -109,6 +115,19 @@ def folder_files(folder: Path, problem: str | None = None) -> dict[str, Path | z
     return {path.name: path for place in places for path in place.iterdir() if path.is_file()}
 
 
+def tree_files(folder: Path) -> dict[str, Path | zipfile.Path]:
+    """Files of the folder and of all its sub-folders, by name. ValueError when a name occurs twice."""
+    found: dict[str, Path | zipfile.Path] = {}
+    if not folder.is_dir():
+        raise ValueError(f"source={folder} does not exist; name a folder or a zip")
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            if path.name in found:
+                raise ValueError(f"{folder}: {path.name} lies in {found[path.name]} and in {path}; name one folder")
+            found[path.name] = path
+    return found
+
+
 def zip_members(path: Path) -> dict[str, Path | zipfile.Path]:
     """Files inside a zip by base name. Raises ValueError when the zip is damaged."""
     try:
@@ -124,18 +143,21 @@ def zip_members(path: Path) -> dict[str, Path | zipfile.Path]:
 def _read_pair(files: list[tuple[str, Path | zipfile.Path]], source: Path, task: TaskSpec) -> Archive:
     splits: list[Split] = []
     digests: dict[str, str] = {}
-    for (name, file), rows in zip(files, task.rows, strict=True):
+    notes: list[str] = []
+    for (name, file), rows in zip(files, task.rows or (None, None), strict=True):
         raw = file.read_bytes()
         where = f"{source.name}/{name}"
         digests[name] = hashlib.sha256(raw).hexdigest()
         # Some headers hold Latin-1 names; a damaged data row still fails as "not a number".
         split = parse(raw.decode("utf-8", errors="replace"), name.rsplit(".", 1)[1], where, task)
-        if len(split) != rows:
-            raise ValueError(
-                f"{where}: has {len(split)} rows, but the archive has {rows}: the file is cut off or edited"
-            )
+        if rows is not None and len(split) != rows:
+            if not task.partial:
+                raise ValueError(
+                    f"{where}: has {len(split)} rows, but the archive has {rows}: the file is cut off or edited"
+                )
+            notes.append(f"{name} has {len(split)} rows, the archive is reported to have {rows}")
         splits.append(split)
-    return Archive(splits[0], splits[1], digests)
+    return Archive(splits[0], splits[1], digests, tuple(notes))
 
 
 def parse(text: str, extension: str, where: str, task: TaskSpec) -> Split:

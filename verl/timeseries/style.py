@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from verl.timeseries.spectrogram import Spectrogram
+
 PATCH = 28
 """Pixels per side of one merged vision token of Qwen2.5-VL (patch 14 x merge 2): such canvases are never resampled."""
 
@@ -43,7 +45,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class PlotStyle:
-    """Canvas in pixels, line widths and fonts in points, margins in pixels. Panels are stacked top to bottom.
+    """Canvas in pixels, line widths and fonts in points, margins in pixels. Panels fill a grid row by row.
 
     Raises ValueError when a side is not a positive multiple of 28, or when the margins leave no room.
     """
@@ -71,7 +73,15 @@ class PlotStyle:
     y_margin: float = 0.05
     """Blank share of the data range beside the line, as in matplotlib's default; no effect on a panel with limits."""
     panels: tuple[Panel, ...] = ()
-    """Empty: one panel with every channel."""
+    """Empty: one panel with every channel, or one for each (`each_channel`)."""
+    each_channel: bool = False
+    """One panel a channel."""
+    columns: int = 1
+    """Panels beside each other; 1: stacked."""
+    column_gap: int = 44
+    """Pixels between two columns: room for the numbers."""
+    spectrogram: Spectrogram | None = None
+    """Draw power over time and frequency in place of lines; each panel then shows one channel."""
     channel_names: tuple[str, ...] = ()
     """Names for the legend."""
     colors: tuple[str, ...] = COLORS
@@ -84,41 +94,89 @@ class PlotStyle:
                     f"style.{side}={size} is not a positive multiple of {PATCH} (one vision token); "
                     f"use {below} or {below + PATCH}"
                 )
-        if self.left + self.right >= self.width or self.bottom + self.top + self.gap * len(self.panels) >= self.height:
+        if self.columns < 1:
+            raise ValueError(f"style.columns={self.columns} must be at least 1")
+        side_by_side = self.column_gap * (self.columns - 1)
+        if (
+            self.left + self.right + side_by_side >= self.width
+            or self.bottom + self.top + self.gap * len(self.panels) >= self.height
+        ):
             raise ValueError(f"style: the margins leave no room on a canvas of {self.width}x{self.height} pixels")
         if len(self.colors) < 1:
             raise ValueError("style: at least one line color is needed")
 
     def panels_for(self, channels: int) -> tuple[Panel, ...]:
         """The panels of a series with that many channels. Raises ValueError when they name a channel it lacks."""
-        if not self.panels:
+        panels = self.panels
+        if not panels and (self.each_channel or self.spectrogram is not None):
+            names = self.channel_names
+            panels = tuple(Panel(names[i] if i < len(names) else f"channel {i + 1}", (i,)) for i in range(channels))
+        if not panels:
             return (Panel("value", tuple(range(channels))),)
-        drawn = [channel for panel in self.panels for channel in panel.channels]
+        drawn = [channel for panel in panels for channel in panel.channels]
         if sorted(drawn) != list(range(channels)):
             raise ValueError(f"style: the panels draw channels {sorted(drawn)}, but a series has {channels} channels")
-        return self.panels
+        rows = -(-len(panels) // self.columns)
+        if self.bottom + self.top + self.gap * (rows - 1) + 8 * rows > self.height:
+            raise ValueError(f"style: {rows} rows of panels do not fit in a height of {self.height} pixels")
+        return panels
+
+    @property
+    def vision_tokens(self) -> int:
+        """Merged vision tokens of the plot in Qwen2.5-VL, known without drawing: the canvas is never resampled."""
+        return (self.width // PATCH) * (self.height // PATCH)
+
+
+LINE = PlotStyle()
+"""One line."""
+LINES = PlotStyle(line_width=1.5, legend=True)
+"""Several channels in one panel, told apart by color and legend."""
+GRID = PlotStyle(height=336, line_width=1.2, legend=True, each_channel=True, columns=2, gap=16, top=36)
+"""A panel for each channel, two beside each other."""
+
+STYLES: Mapping[str, PlotStyle] = {"line": LINE, "lines": LINES, "grid": GRID}
+"""Styles by name, for data sets without a task file; `spectrogram_style` needs a sampling rate besides."""
+
+
+def spectrogram_style(spectrogram: Spectrogram) -> PlotStyle:
+    """Power over time and frequency."""
+    return PlotStyle(height=280, right=16, spectrogram=spectrogram, x_label="Time (s)", y_label="Frequency (Hz)")
 
 
 NUMBERS = {"int": int, "float": float}
 
 
 def override_style(style: PlotStyle, values: Mapping[str, Any]) -> PlotStyle:
-    """`style` with some single-valued fields replaced, e.g. `{"width": 224}`.
+    """`style` with some single-valued fields replaced, e.g. `{"width": 224}` or `{"spectrogram": {"window": 128}}`.
 
     Raises ValueError on an unknown field, a value of the wrong type, or a canvas that does not fit.
     """
-    types = {f.name: str(f.type) for f in fields(PlotStyle) if str(f.type) in ("int", "float", "str", "bool")}
+    changes: dict[str, Any] = {}
+    rest = dict(values)
+    nested = rest.pop("spectrogram", None)
+    if nested is not None:
+        if style.spectrogram is None or not isinstance(nested, Mapping):
+            raise ValueError(f"style.spectrogram={nested!r}: this style draws lines, or name a field (spectrogram.hop)")
+        fields_changed = _changes(style.spectrogram, nested, "style.spectrogram")
+        changes["spectrogram"] = replace(style.spectrogram, **fields_changed)
+    return replace(style, **changes, **_changes(style, rest, "style"))
+
+
+def _changes(of: PlotStyle | Spectrogram, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The values with the types of the fields they replace."""
+    types = {f.name: str(f.type).removesuffix(" | None") for f in fields(of)}
+    types = {name: kind for name, kind in types.items() if kind in ("int", "float", "str", "bool")}
     changes: dict[str, Any] = {}
     for name, value in values.items():
         if name not in types:
-            raise ValueError(f"unknown key style.{name}; known: {', '.join(sorted(types))}")
+            raise ValueError(f"unknown key {prefix}.{name}; known: {', '.join(sorted(types))}")
         kind = types[name]
         if kind in NUMBERS and isinstance(value, int | float) and not isinstance(value, bool):
             if kind == "int" and value != int(value):
-                raise ValueError(f"style.{name}={value!r} must be a whole number")
+                raise ValueError(f"{prefix}.{name}={value!r} must be a whole number")
             changes[name] = NUMBERS[kind](value)
         elif type(value).__name__ == kind:
             changes[name] = value
         else:
-            raise ValueError(f"style.{name}={value!r} must be of type {kind}")
-    return replace(style, **changes)
+            raise ValueError(f"{prefix}.{name}={value!r} must be of type {kind}")
+    return changes

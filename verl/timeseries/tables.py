@@ -1,7 +1,8 @@
 """Rows of the data step and how they are stored: parquet files and `datasets.save_to_disk` folders.
 
 Columns: data_source, prompt, images, ability, reward_model, extra_info (the names that GRPO trainers of the verl family
-read), plus `response` in the supervised files. Written so that the same rows give the same bytes.
+read), plus `response` in the supervised files; the numeric modality has no `images`. Written so that the same rows give
+the same bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from verl.timeseries.readers import Series
 from verl.timeseries.task import TaskSpec
 
 if TYPE_CHECKING:
@@ -24,26 +26,29 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def make_row(task: TaskSpec, *, split: str, index: int, label: str, png: bytes) -> Row:
-    """One row; `index` is the row's number in the split's file of the archive."""
+def make_row(task: TaskSpec, *, split: str, index: int, label: str, shown: bytes | Series) -> Row:
+    """One row; `index` is the row's number in the archive's split. `shown` is a PNG, or the series for digits."""
+    picture = isinstance(shown, bytes)
+    messages = task.messages() if isinstance(shown, bytes) else task.messages(shown)
+    question = task.full_question if isinstance(shown, bytes) else task.numeric_question(shown.shape[1])
     return {
         "data_source": task.data_source,
-        "prompt": task.messages(),
-        "images": [{"bytes": png, "path": None}],
+        "prompt": messages,
+        **({"images": [{"bytes": shown, "path": None}]} if picture else {}),
         "ability": "time series",
         "reward_model": {"style": "rule", "ground_truth": label},
-        "extra_info": {"split": split, "index": index, "answer": label, "question": task.full_question},
+        "extra_info": {"split": split, "index": index, "answer": label, "question": question},
     }
 
 
-def _features(*, response: bool) -> Features:
+def _features(*, images: bool, response: bool) -> Features:
     from datasets import Features, Image, List, Value
 
     text = Value("string")
     columns: dict[str, Any] = {
         "data_source": text,
         "prompt": List({"role": text, "content": text}),
-        "images": List(Image()),
+        **({"images": List(Image())} if images else {}),
         "ability": text,
         "reward_model": {"style": text, "ground_truth": text},
         "extra_info": {"split": text, "index": Value("int64"), "answer": text, "question": text},
@@ -53,9 +58,9 @@ def _features(*, response: bool) -> Features:
     return Features(columns)
 
 
-def to_table(rows: Sequence[Row], *, response: bool = False) -> pa.Table:
+def to_table(rows: Sequence[Row], *, images: bool = True, response: bool = False) -> pa.Table:
     """Arrow table with Hugging Face's feature metadata, so that `images` decodes to pictures when loaded."""
-    return pa.Table.from_pylist(list(rows), schema=_features(response=response).arrow_schema)
+    return pa.Table.from_pylist(list(rows), schema=_features(images=images, response=response).arrow_schema)
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
@@ -89,7 +94,9 @@ def save_to_disk(tables: Mapping[str, pa.Table], folder: Path) -> None:
         content = hashlib.sha256()
         for batch in table.to_batches(max_chunksize=100):
             content.update(json.dumps(batch.to_pylist(), sort_keys=True, default=bytes.hex).encode())
-        info = DatasetInfo(features=_features(response="response" in table.column_names))
+        info = DatasetInfo(
+            features=_features(images="images" in table.column_names, response="response" in table.column_names)
+        )
         splits[name] = Dataset(table, info=info, fingerprint=content.hexdigest()[:16])
     with _quiet():
         DatasetDict(splits).save_to_disk(str(folder))

@@ -13,11 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl.timeseries.readers import Reader
+from verl.timeseries.numeric import NumericFormat, digits, statement
+from verl.timeseries.readers import Reader, Series
 from verl.timeseries.style import PlotStyle
 from verl.utils.reward_score.parts import PUBLISHED, RewardPart, check_parts
 
 IMAGE = "<image>"
+PLOT, NUMBERS = "The plot", "The series of numbers"
+"""How questions name the picture, and what stands there in the numeric modality."""
 
 
 class DescriptionStyle(enum.Enum):
@@ -36,6 +39,8 @@ class ClassSpec:
     name: str
     file_label: str
     hint: str = ""
+    also: tuple[str, ...] = ()
+    """Further spellings of the label, in other formats of the same archive."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class Download:
 
     url: str
     """A zip, or a folder (ending in /) with the files by name."""
-    sha256: Mapping[str, str] = field(hash=False)
+    sha256: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Empty: the published checksums are not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +86,19 @@ class TaskSpec:
     channels: int
     length: int | None
     """Points per series; None where rows differ in length."""
-    rows: tuple[int, int]
-    """Rows of (train, test) in the whole archive: what tells a cut-off file from a complete one."""
+    rows: tuple[int, int] | None
+    """Rows of (train, test) in the whole archive: what tells a cut-off file from a complete one. None: the reader has
+    another way to tell."""
+    partial: bool = False
+    """Other counts than `rows` are a warning of the data step, not an error."""
     time_step: float | None = None
     """Seconds between two points, if time is the x axis."""
     unit: str = ""
     """Unit of the values, where they have one."""
+    numeric: NumericFormat = field(default_factory=NumericFormat)
+    """How the values are written where digits stand in place of the plot."""
+    overlap: float = 0.0
+    """Share of a window that its neighbour repeats."""
     description: DescriptionStyle = DescriptionStyle.FULL
     suggestions: Mapping[str, Suggestion] = field(default_factory=dict, hash=False)
     """Class name -> what a supervised answer's `<extension>` says; empty where the task asks for none."""
@@ -100,7 +113,7 @@ class TaskSpec:
 
     def __post_init__(self) -> None:
         names = [spec.name.casefold() for spec in self.class_specs]
-        labels = [spec.file_label for spec in self.class_specs]
+        labels = [label for spec in self.class_specs for label in (spec.file_label, *spec.also)]
         if len(names) < 2 or len(set(names)) < len(names) or len(set(labels)) < len(labels):
             raise ValueError(
                 f"task {self.name}: needs two or more classes with different names and labels, got {names}"
@@ -115,6 +128,8 @@ class TaskSpec:
             raise ValueError(
                 f"task {self.name}: an <extension> in the answer format needs suggestions, and they need it"
             )
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"task {self.name}: overlap must lie in [0, 1), got {self.overlap}")
         check_parts(self.reward)
         self.plot.panels_for(self.channels)
 
@@ -126,7 +141,7 @@ class TaskSpec:
     def class_of(self, file_label: str, *, where: str) -> str:
         """The class name of a label as it stands in a file. Raises ValueError naming `where` when it is undeclared."""
         for spec in self.class_specs:
-            if spec.file_label == file_label:
+            if file_label == spec.file_label or file_label in spec.also:
                 return spec.name
         known = ", ".join(f"{spec.file_label} ({spec.name})" for spec in self.class_specs)
         raise ValueError(f"{where}: label {file_label!r} is not declared by task {self.name}; declared: {known}")
@@ -147,6 +162,17 @@ class TaskSpec:
         """The user turn: the image, the question, the answer format."""
         return f"{IMAGE}\n{self.full_question}\n{self.answer_format}"
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The `prompt` column: one user turn, no system prompt."""
-        return [{"role": "user", "content": self.prompt_text}]
+    def numeric_question(self, length: int) -> str:
+        """The question about the digits of a series of that length: of a plot it speaks as of numbers."""
+        question = self.full_question.replace(PLOT, NUMBERS)
+        return f"{question}\n{statement(length, self.numeric)}"
+
+    def numeric_prompt(self, series: Series) -> str:
+        """The user turn with digits: series (channels, length), question, answer format."""
+        text = digits(series, self.numeric, self.plot.channel_names)
+        return f"{text}\n{self.numeric_question(series.shape[1])}\n{self.answer_format}"
+
+    def messages(self, series: Series | None = None) -> list[dict[str, Any]]:
+        """The `prompt` column: one user turn, no system prompt; with the digits of `series` where it is given."""
+        content = self.prompt_text if series is None else self.numeric_prompt(series)
+        return [{"role": "user", "content": content}]

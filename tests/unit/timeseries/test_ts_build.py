@@ -179,7 +179,6 @@ def test_a_new_split_keeps_sizes_and_changes_rows(output: Path, tiny_folder: Pat
         (["task=tiny", "seed=one"], "seed=one"),
         (["task=tiny", "workers=0"], "workers=0 must be at least 1"),
         (["task=tini"], "unknown task='tini'; did you mean 'tiny'?"),
-        (["task=tiny", "modality=numeric"], "modality=numeric is not available yet"),
         (["task=tiny", "modality=sound"], "unknown modality='sound'"),
         (["task=tiny", "style.width=85"], "style.width=85 is not a positive multiple of 28"),
         (["task=tiny", "style.colour=red"], "unknown key style.colour"),

@@ -16,11 +16,26 @@ from PIL import Image
 
 from verl.timeseries import get_task, plot, task_names
 from verl.timeseries.readers import Series
-from verl.timeseries.style import Panel, PlotStyle
+from verl.timeseries.spectrogram import Spectrogram, power
+from verl.timeseries.style import GRID, Panel, PlotStyle
 
 CTU = get_task("ctu").plot
+HAR, RCW = get_task("har").plot, get_task("rcw").plot
+MOTION = replace(GRID, title="Motion", x_label="Timestamp", y_label="g", channel_names=("x", "y", "z"))
 SMALL = PlotStyle(width=84, height=56, ticks=False, left=2, right=2, bottom=2, top=2)
 LEGEND = replace(CTU, legend=True, channel_names=("x", "y"), panels=(Panel("a", (0,), (-3.0, 3.0)), Panel("b", (1,))))
+STYLES = [
+    pytest.param(style, id=name)
+    for name, style in (
+        ("ctu", CTU),
+        ("small", SMALL),
+        ("legend", LEGEND),
+        ("lines", HAR),
+        ("grid", MOTION),
+        ("spectrogram", RCW),
+    )
+]
+CHANNELS = {LEGEND: 2, HAR: 3, MOTION: 3}
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -37,9 +52,9 @@ def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)))
 
 
-@pytest.mark.parametrize("style", [CTU, SMALL, LEGEND], ids=["ctu", "small", "legend"])
+@pytest.mark.parametrize("style", STYLES)
 def test_bytes_do_not_depend_on_the_order_or_on_the_figure_being_new(style: PlotStyle) -> None:
-    series = samples(2 if style is LEGEND else 1)
+    series = samples(CHANNELS.get(style, 1))
     first = [plot.draw(s, style) for s in series]
     assert [plot.draw(s, style) for s in reversed(series)] == first[::-1]
     for s, png in zip(series, first, strict=True):
@@ -47,10 +62,10 @@ def test_bytes_do_not_depend_on_the_order_or_on_the_figure_being_new(style: Plot
         assert plot.draw(s, style) == png
 
 
-@pytest.mark.parametrize("style", [CTU, SMALL, LEGEND], ids=["ctu", "small", "legend"])
+@pytest.mark.parametrize("style", STYLES)
 def test_the_reused_background_gives_the_pixels_of_a_whole_draw(style: PlotStyle) -> None:
     lengths = (50, 80, 50, 120)
-    channels = 2 if style is LEGEND else 1
+    channels = CHANNELS.get(style, 1)
     canvas = plot._Canvas(style, channels)
     for seed, length in enumerate(lengths):
         series = walk(seed, channels, length)
@@ -158,3 +173,38 @@ def test_ten_thousand_series_of_1500_points_fit_four_minutes_on_two_cores() -> N
         plot.draw(s, CTU)
     milliseconds = (time.process_time() - started) / len(series) * 1e3
     assert milliseconds < 48, f"{milliseconds:.1f} ms of CPU time per plot; 10,000 on 2 cores in 240 s allow 48"
+
+
+def test_the_token_count_of_a_style_is_that_of_its_picture() -> None:
+    from verl.utils.dataset.images import ImageSpec, smart_resize
+
+    spec = ImageSpec()
+    for name in task_names():
+        task = get_task(name)
+        width, height = Image.open(io.BytesIO(plot.draw(walk(0, task.channels, task.length or 40), task.plot))).size
+        rows, columns = smart_resize(height, width, spec)
+        assert (rows // 28) * (columns // 28) == task.plot.vision_tokens, name
+
+
+def test_a_rising_tone_rises_in_the_spectrogram_whatever_its_scale() -> None:
+    time = np.arange(4000) / 2000
+    tone = np.sin(2 * np.pi * (60 * time + 50 * time**2))
+    of = Spectrogram(rate=2000.0, high=500.0)
+    values = power(tone, of)
+    ridge = values.argmax(axis=0) * 2000 / of.window
+    assert ridge[0] == pytest.approx(70, abs=10) and ridge[-1] == pytest.approx(250, abs=12)
+    assert values.min() >= 0.0 and values.max() == 1.0
+    assert np.allclose(power(tone * 1000, of), values)
+
+
+def test_a_silent_clip_draws_an_empty_spectrogram() -> None:
+    assert not power(np.ones(4000), Spectrogram(rate=2000.0)).any()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"rate": 0}, {"rate": 2000, "high": 1200}, {"rate": 2000, "hop": 0}, {"rate": 2000, "low": 900, "high": 9}],
+)
+def test_a_spectrogram_that_cannot_be_drawn_is_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"style\.spectrogram: needs"):
+        Spectrogram(**values)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from verl.timeseries.readers import Archive, Split
-from verl.timeseries.split import resplit, stratified_cut
+from verl.timeseries.split import grouped_cut, resplit, stratified_cut
 
 LABELS = ["a"] * 50 + ["b"] * 30 + ["c"] * 7
 
@@ -54,3 +54,31 @@ def test_a_new_split_keeps_the_sizes_the_class_counts_and_every_series() -> None
     assert Counter(new.train.labels) == {"a": 12, "b": 12}
     assert sorted(float(s[0, 0]) for s in new.train.series + new.test.series) == [float(i) for i in range(40)]
     assert [s[0, 0] for s in new.train.series] != [s[0, 0] for s in archive.train.series]
+
+
+def grouped_rows(sizes: list[int], labels: str) -> tuple[list[str], list[str]]:
+    """Labels and groups of rows; group n has `sizes[n]` rows of one label, in turn."""
+    groups = [f"g{n}" for n, size in enumerate(sizes) for _ in range(size)]
+    return [labels[int(g[1:]) % len(labels)] for g in groups], groups
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_cut_by_groups_divides_none_and_is_near_the_shares(seed: int) -> None:
+    labels, groups = grouped_rows([1 + n % 5 for n in range(90)], "abc")
+    cut, rest = grouped_cut(labels, groups, 60, seed)
+    assert sorted(cut + rest) == list(range(len(labels)))
+    assert not {groups[row] for row in cut} & {groups[row] for row in rest}
+    for label in "abc":
+        found = sum(labels[row] == label for row in cut)
+        assert abs(found - 60 * labels.count(label) / len(labels)) <= 3, label
+
+
+def test_groups_that_hold_every_class_are_cut_too() -> None:
+    labels, groups = list("abc") * 40, [f"person {i // 12}" for i in range(120)]
+    cut, _ = grouped_cut(labels, groups, 24, seed=1)
+    assert len(cut) == 24 and len({groups[row] for row in cut}) == 2
+
+
+def test_a_single_group_cannot_be_cut() -> None:
+    with pytest.raises(ValueError, match="come from 1 groups, kept whole"):
+        grouped_cut(["a", "b"] * 10, ["one"] * 20, 4, seed=1)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 
 from verl.timeseries.task import TaskSpec
-from verl.timeseries.tasks import basic_motions, bundled, ctu, emg
+from verl.timeseries.tasks import basic_motions, bundled, ctu, ecg, emg, har, rcw, tee
 
-_TASKS: dict[str, TaskSpec] = {task.name: task for task in (ctu.TASK, emg.TASK, basic_motions.TASK, *bundled.TASKS)}
+_PUBLISHED = (ctu.TASK, emg.TASK, ecg.TASK, har.TASK, rcw.TASK, tee.TASK)
+_TASKS: dict[str, TaskSpec] = {task.name: task for task in (*_PUBLISHED, basic_motions.TASK, *bundled.TASKS)}
 _BY_SOURCE: dict[str, TaskSpec] = {task.data_source: task for task in _TASKS.values()}
 assert len(_BY_SOURCE) == len(_TASKS), f"{len(_TASKS)} tasks, but {len(_BY_SOURCE)} different data sources"
 

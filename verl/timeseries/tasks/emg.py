@@ -6,6 +6,7 @@ wording is ours.
 """
 
 from verl.timeseries.emgdb import EmgdbReader
+from verl.timeseries.numeric import NumericFormat
 from verl.timeseries.style import PlotStyle
 from verl.timeseries.task import ClassSpec, Download, Suggestion, TaskSpec
 from verl.utils.reward_score.judge.rubric import Rubric
@@ -62,6 +63,7 @@ TASK = TaskSpec(
     rows=(163, 41),
     time_step=1 / 4000,
     unit="mV",
+    numeric=NumericFormat(decimals=3, points=500),
     suggestions={
         "Healthy": Suggestion(
             weak="Recruitment is sparse, so record the tibialis anterior again at a stronger dorsiflexion to see a "

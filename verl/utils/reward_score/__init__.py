@@ -16,8 +16,14 @@ from verl.utils.reward_score.labels import LabelScorer, ScoreTuple
 from verl.utils.reward_score.parts import PUBLISHED, RewardPart
 from verl.utils.reward_score.tags import AnswerFormat
 
-_MODULES = {"computer_dataset": "ctu", "emg_dataset": "emg"}
-_PUBLISHED = ("computer_dataset", "emg_dataset", "ecg_dataset", "har_dataset", "rcw_dataset", "lightning_dataset")
+_MODULES = {
+    "computer_dataset": "ctu",
+    "emg_dataset": "emg",
+    "ecg_dataset": "ecg",
+    "har_dataset": "har",
+    "rcw_dataset": "rcw",
+    "lightning_dataset": "tee",
+}
 
 
 def get_scorer(data_source: str, format: str | AnswerFormat = AnswerFormat.LOOSE) -> LabelScorer:
@@ -75,9 +81,8 @@ def _find(data_source: str, rule: AnswerFormat) -> LabelScorer | None:
 
 
 def _not_registered(data_source: str) -> str:
-    known = " (a published TimeMaster source that this version does not score yet)" if data_source in _PUBLISHED else ""
     return (
-        f"data_source {data_source!r} is not registered{known}: set custom_reward_function.path to a python file with "
+        f"data_source {data_source!r} is not registered: set custom_reward_function.path to a python file with "
         "compute_score(data_source, solution_str, ground_truth, extra_info), or declare a task with its classes in "
         "verl/timeseries/tasks"
     )

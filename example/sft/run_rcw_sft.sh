@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The supervised start of RCW (make the data first: example/data_preprocess/rcw.sh). From the environment:
+#   MODEL_PATH=DIR   a Hugging Face folder to start from
+#   MODALITY=numeric the rows with digits in place of the plot (example/data_preprocess/rcw.sh modality=numeric)
+#   N_GPUS=4         ranks on this machine (default: its GPUs; without one, 1 CPU process)
+# Its last checkpoint, checkpoints/TimeMaster_RCW/sft_image/global_step_N/actor/huggingface, is the MODEL_PATH of
+# example/grpo_trainer/run_rcw.sh. Arguments are overrides; they come last and win.
+set -euo pipefail
+
+MODEL_PATH=${MODEL_PATH:-./checkpoints/Qwen2.5-VL-3B-Instruct}
+MODALITY=${MODALITY:-image}
+DATA=${DATA:-./data/rcw_$MODALITY}
+# shellcheck disable=SC2034 # read by common.sh
+NUMERIC_PROMPT_LENGTH=12288 # 2,000 numbers a row
+
+# shellcheck disable=SC2034 # read by common.sh
+task=(trainer.project_name=TimeMaster_RCW)
+# shellcheck source=example/sft/common.sh disable=SC1091
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
