@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
@@ -119,3 +120,16 @@ def largest_that_fits(sizes: list[int], run: Callable[[int], float]) -> tuple[in
             break
         found[size] = result
     return min(found, key=lambda size: found[size]), found
+
+
+def profiled(run: Callable[[], object], path: Path, *, rows: int = 50) -> None:
+    """One call under torch's profiler; operators and kernels by device time (CPU time on a CPU) as text in `path`."""
+    cuda = torch.cuda.is_available()
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        synchronize()
+    averages = profile.key_averages()
+    by_device = averages.table(sort_by="self_cuda_time_total" if cuda else "self_cpu_time_total", row_limit=rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(by_device + "\n\n" + averages.table(sort_by="self_cpu_time_total", row_limit=20) + "\n")

@@ -24,7 +24,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import rows
 import torch
-from measure import Deadline, Missed, Timing, attempt, largest_that_fits, once, release, timed
+from measure import Deadline, Missed, Timing, attempt, largest_that_fits, once, profiled, release, timed
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from workload import WORKLOADS, Workload, ctu_3b_groups, ctu_3b_model, ctu_3b_prompts
@@ -94,6 +94,8 @@ class Bench:
     minis: list[list[TrainGroup]]
     """Mini-batches of a step; the first defines its old log-probs itself."""
     found: list[rows.BenchmarkRow] = field(default_factory=list)
+    profile: bool = False
+    """Write `profile_<row>.txt` beside the results: where the time of one more pass goes."""
 
     def __post_init__(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
@@ -246,6 +248,10 @@ def packed(bench: Bench, row: str, *, shared: bool) -> None:
         best, seconds = tried
         others = ", ".join(f"{size}: {value:.2f} s" for size, value in seconds.items())
         result = attempt(lambda size=best, path=path: timed(lambda: path.pass_over(cut(units, size)), bench.deadline))
+        if bench.profile:
+            profiled(
+                lambda size=best, path=path: path.pass_over(cut(units, size)), bench.results / f"profile_{row}.txt"
+            )
         bench.add_timing(
             row, result, f"{label}, {best} {what} a micro-batch (tried {others})", mini, passes=3, shared=shared
         )
@@ -301,7 +307,10 @@ def update(bench: Bench) -> None:
                     metrics = engine.step(cut(mini, size), OBJECTIVE, response_tokens(mini))
                     assert metrics["skipped"] == 0, f"a step was skipped: {metrics}"
 
-            return timed(step, bench.deadline)
+            result = timed(step, bench.deadline)
+            if bench.profile:
+                profiled(step, bench.results / "profile_update_s.txt")
+            return result
 
         result = attempt(run)
         release()
@@ -404,6 +413,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seconds", type=float, default=1800.0, help="limit; rows that would start later are left out")
     parser.add_argument("--append", action="store_true", help="keep the rows of the result file")
+    parser.add_argument("--profile", action="store_true", help="write profile_<row>.txt of packed, shared and update")
     parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of train_step.json")
     return parser.parse_args(argv)
 
@@ -422,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for start in range(0, len(prompts), workload.mini_batch)
     ]
     found = rows.read("train_step", args.results) if args.append else []
-    bench = Bench(workload, folder, device, deadline, args.results, patches, minis, found)
+    bench = Bench(workload, folder, device, deadline, args.results, patches, minis, found, args.profile)
     run_rows(bench, args.rows)
     rows.write("train_step", bench.found, folder=args.results)
     torch.distributed.destroy_process_group()

@@ -3,24 +3,28 @@
 The text layers hand over an `AttentionPlan` (a keyword that travels through the layers, so activation checkpointing
 captures it). The vision tower hands over `cu_seq_lens_q`, because the registered name contains `flash`.
 
-Run on transformers 5.17; the name rule is `is_flash_attention_requested` there. Half precision on CUDA uses torch's
-`varlen_attn` (torch 2.11, `torch.nn.attention.varlen`); fp32, for which it has no kernel, and the CPU use SDPA with one
-explicit mask per group, because SDPA's own `is_causal` aligns a short query to the start of a longer key.
+Run on transformers 5.17; the name rule is `is_flash_attention_requested` there. Half precision on CUDA uses the kernel
+of `verl.models.varlen`; fp32, for which there is none, and the CPU use SDPA with one explicit mask per group, because
+SDPA's own `is_causal` aligns a short query to the start of a longer key.
 """
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from verl.models.transfer import to_device
+from verl.models.varlen import varlen_kernel
 from verl.packing.layout import PackedBatch
 
 IMPLEMENTATION = "timemaster_packed_flash"
@@ -82,6 +86,25 @@ def group_mask(lengths: list[int]) -> Tensor:
     return causal & (same | (segment[None, :] == 0))
 
 
+class _GatherKeys(torch.autograd.Function):
+    """`x.index_select(0, index)` whose gradient is a sum over each row's copies, in fp32 and always in one order.
+
+    Plain indexing sorts all indices in every backward pass, and adds up in the tensor's own precision.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, copies: Tensor) -> Tensor:
+        ctx.save_for_backward(copies)
+        return x.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (copies,) = ctx.saved_tensors
+        padded = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])
+        return padded[copies].sum(1, dtype=torch.float32).to(grad.dtype), None, None
+
+
 @dataclass(frozen=True)
 class VarlenSegments:
     """CUDA plan of a packed batch: one varlen call, keys and values gathered by index."""
@@ -90,26 +113,15 @@ class VarlenSegments:
     cu_q: Tensor
     cu_k: Tensor
     key_index: Tensor
+    key_copies: Tensor
     max_q: int
     max_k: int
 
     @classmethod
     def of(cls, batch: PackedBatch, device: torch.device) -> VarlenSegments:
-        def ints(x: Any, dtype: torch.dtype) -> Tensor:
-            return torch.from_numpy(x).to(dtype).to(device, non_blocking=True)
-
-        def longest(cu: Any) -> int:
-            step = _ROUND_MAX_LENGTH
-            return -(-int((cu[1:] - cu[:-1]).max()) // step) * step
-
-        return cls(
-            batch=batch,
-            cu_q=ints(batch.cu_seqlens_q, torch.int32),
-            cu_k=ints(batch.cu_seqlens_k, torch.int32),
-            key_index=ints(batch.key_index, torch.int64),
-            max_q=longest(batch.cu_seqlens_q),
-            max_k=longest(batch.cu_seqlens_k),
-        )
+        bounds = (batch.cu_seqlens_q, batch.cu_seqlens_k)
+        cu_q, cu_k, index, copies = to_device([*bounds, batch.key_index, batch.key_copies()], device)
+        return cls(batch, cu_q.int(), cu_k.int(), index, copies, *map(_longest, bounds))
 
     @cached_property
     def masked(self) -> MaskedGroups:
@@ -119,27 +131,19 @@ class VarlenSegments:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if q.dtype not in _VARLEN_DTYPES:
             return self.masked.attend(layer, q, k, v, scale)
-        k, v = (x[0].transpose(0, 1)[self.key_index] for x in (k, v))
+        k, v = (_GatherKeys.apply(x[0].transpose(0, 1), self.key_index, self.key_copies) for x in (k, v))
         q = q[0].transpose(0, 1).contiguous()
-        return _varlen(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, scale, causal=True)[None]
+        return varlen_kernel()(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, scale, causal=True)[None]
+
+
+def _longest(bounds: NDArray[np.int64]) -> int:
+    step = _ROUND_MAX_LENGTH
+    return -(-int(np.diff(bounds).max()) // step) * step
 
 
 def plan_for(batch: PackedBatch, device: torch.device) -> AttentionPlan:
     """The training (and prefill) plan of a packed batch on a device."""
     return MaskedGroups.of(batch) if device.type == "cpu" else VarlenSegments.of(batch, device)
-
-
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, *, causal: bool
-) -> Tensor:
-    """(T, H, d) segments through torch's varlen kernel; causal aligns to the bottom right."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
-    # torch 2.11 takes fewer KV heads than query heads as they are; 2.13 wants to be told.
-    if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float) -> Tensor:
@@ -149,7 +153,7 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_l
     """
     if q.device.type != "cpu" and q.dtype in _VARLEN_DTYPES:
         flat = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-        return _varlen(*flat, cu_seqlens, cu_seqlens, max_length, max_length, scale, causal=False)[None]
+        return varlen_kernel()(*flat, cu_seqlens, cu_seqlens, max_length, max_length, scale, causal=False)[None]
     lengths = cu_seqlens.diff()
     if len(lengths.unique()) == 1:
         heads = (x[0].unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (q, k, v))

@@ -4,13 +4,15 @@ logits / temperature, banned ids at minus infinity, log-softmax in fp32. Sampler
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-_KEEP_LOGITS = 1 << 24  # logits of a micro-batch up to this many are kept for the backward pass instead of recomputed
+_CHUNK = 2048  # rows of logits at a time: 1.2 GB in fp32 for the vocabulary of Qwen2.5-VL
+# What a banned id's logit is while sums are taken: its probability is exactly 0 and, unlike -inf, 0 times it is 0.
+_BANNED_LOGIT = -1e9
 
 
 class TokenStats(NamedTuple):
@@ -28,17 +30,80 @@ def policy_logits(hidden: Tensor, vocabulary: Tensor, banned: Tensor | None, tem
     return logits if banned is None else logits.masked_fill(banned, float("-inf"))
 
 
-def _chunk_stats(
-    hidden: Tensor, vocabulary: Tensor, targets: Tensor, banned: Tensor | None, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor]:
-    logits = policy_logits(hidden, vocabulary, banned, temperature)
-    normaliser = logits.logsumexp(-1)
-    log_probs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
-    with torch.set_grad_enabled(torch.is_grad_enabled() and with_entropy):
-        every = logits - normaliser[:, None]
-        finite = every if banned is None else every.masked_fill(banned, 0.0)
-        entropy = -(every.exp() * finite).sum(-1)
-    return log_probs, entropy
+def _finite_logits(hidden: Tensor, vocabulary: Tensor, banned: Tensor | None, temperature: float) -> Tensor:
+    """As `policy_logits`, in one buffer, with a finite stand-in for minus infinity."""
+    logits = torch.nn.functional.linear(hidden, vocabulary).float()
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return logits if banned is None else logits.masked_fill_(banned, _BANNED_LOGIT)
+
+
+class _ChunkedStats(torch.autograd.Function):
+    """Log-probs and entropy with a hand-written gradient.
+
+    With p the softmax of a row of logits x, lse its log-sum-exp and H its entropy:
+    d log p_t / dx = 1[t] - p and dH / dx = -p (log p + H). Kept for the backward pass are the inputs, lse and H; the
+    logits of a chunk are made a second time there, and no (N, V) tensor is larger than a chunk.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        vocabulary: Tensor,
+        targets: Tensor,
+        banned: Tensor | None,
+        temperature: float,
+        entropy_grad: bool,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        size = len(targets)
+        log_probs, entropy, normaliser = (hidden.new_empty(size, dtype=torch.float32) for _ in range(3))
+        for start in range(0, size, chunk):
+            rows = slice(start, start + chunk)
+            every = _finite_logits(hidden[rows], vocabulary, banned, temperature)
+            at_target = every.gather(-1, targets[rows, None])[:, 0]
+            every = every.log_softmax(-1)
+            log_probs[rows] = every.gather(-1, targets[rows, None])[:, 0]
+            normaliser[rows] = at_target - log_probs[rows]
+            entropy[rows] = -torch.linalg.vecdot(every.exp(), every)
+        if banned is not None:
+            log_probs.masked_fill_(banned[targets], float("-inf"))
+        ctx.save_for_backward(hidden, vocabulary, targets, banned, normaliser, entropy)
+        ctx.temperature, ctx.entropy_grad, ctx.chunk = temperature, entropy_grad, chunk
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_log_probs: Tensor, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, vocabulary, targets, banned, normaliser, entropy = ctx.saved_tensors
+        wants_hidden, wants_vocabulary = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        # A bf16 sum over chunks would lose the small contributions of each.
+        d_vocabulary = torch.zeros_like(vocabulary, dtype=torch.float32) if wants_vocabulary else None
+        for start in range(0, len(targets), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            every = _finite_logits(hidden[rows], vocabulary, banned, ctx.temperature)
+            every.sub_(normaliser[rows, None])
+            scale = -d_log_probs[rows, None]
+            if ctx.entropy_grad and d_entropy is not None:
+                factor = scale - d_entropy[rows, None] * (every + entropy[rows, None])
+                d_logits = every.exp_().mul_(factor)
+            else:
+                d_logits = every.exp_().mul_(scale)
+            d_logits.scatter_add_(-1, targets[rows, None], d_log_probs[rows, None])
+            if ctx.temperature != 1.0:
+                d_logits.div_(ctx.temperature)
+            d_logits = d_logits.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, vocabulary, out=d_hidden[rows])
+            if d_vocabulary is not None:
+                d_vocabulary += d_logits.T @ hidden[rows]
+        if d_vocabulary is not None:
+            d_vocabulary = d_vocabulary.to(vocabulary.dtype)
+        return d_hidden, d_vocabulary, None, None, None, None, None
 
 
 def response_stats(
@@ -49,21 +114,13 @@ def response_stats(
     banned: Tensor | None,
     temperature: float,
     entropy_grad: bool,
-    chunk: int = 1024,
+    chunk: int = _CHUNK,
 ) -> TokenStats:
     """Statistics of `targets` (N,) from the hidden states (N, D) that predict them.
 
-    The vocabulary matrix (V, D) meets only these rows, `chunk` at a time; under autograd a chunk is recomputed in the
-    backward pass, so that no large (N, V) tensor outlives its chunk. `entropy_grad` lets the entropy carry a gradient.
+    The vocabulary matrix (V, D) meets only these rows, `chunk` at a time; the backward pass makes a chunk's logits
+    again and sums the matrix's gradient in fp32. `entropy_grad` lets the entropy carry a gradient.
     """
-    log_probs, entropies = [], []
-    for start in range(0, len(targets), chunk):
-        rows = slice(start, start + chunk)
-        args = (hidden[rows], vocabulary, targets[rows], banned, temperature, entropy_grad)
-        if torch.is_grad_enabled() and len(targets) * len(vocabulary) > _KEEP_LOGITS:
-            lp, ent = checkpoint(_chunk_stats, *args, use_reentrant=False)
-        else:
-            lp, ent = _chunk_stats(*args)
-        log_probs.append(lp)
-        entropies.append(ent)
-    return TokenStats(torch.cat(log_probs), torch.cat(entropies))
+    return TokenStats(
+        *_ChunkedStats.apply(hidden, vocabulary, targets, banned, temperature, entropy_grad, min(chunk, len(targets)))
+    )

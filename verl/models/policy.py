@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 from verl.models.attention import IMPLEMENTATION, AttentionPlan, plan_for
+from verl.models.layers import fuse_layers
 from verl.models.log_probs import TokenStats, response_stats
+from verl.models.transfer import pinned_to_device, to_device
 from verl.models.vision import Grid, vision_plan
 from verl.packing.layout import PackedBatch
 from verl.utils.dataset.prompts import VISION_TOKENS
@@ -54,18 +56,17 @@ def make_inputs(batch: PackedBatch, patches: Tensor | None, patch_dim: int, devi
         assert not grids, f"{len(grids)} images but no patches"
         patches, grids = torch.zeros(4, patch_dim), ((1, 2, 2),)
 
-    def ints(x: Any) -> Tensor:
-        return torch.from_numpy(x).to(device, non_blocking=True)
-
+    arrays = (batch.token_ids, batch.positions, batch.predict_index, batch.targets, batch.image_index)
+    token_ids, positions, predict_index, targets, image_index = to_device(arrays, device)
     return ModelInputs(
-        token_ids=ints(batch.token_ids),
-        positions=ints(batch.positions),
+        token_ids=token_ids,
+        positions=positions,
         plan=plan_for(batch, device),
-        predict_index=ints(batch.predict_index),
-        targets=ints(batch.targets),
-        patches=patches.to(device, non_blocking=True),
+        predict_index=predict_index,
+        targets=targets,
+        patches=pinned_to_device(patches, device),
         grids=grids,
-        image_index=ints(batch.image_index),
+        image_index=image_index,
     )
 
 
@@ -85,6 +86,7 @@ class Policy(nn.Module):
         for config in (hf.config, hf.config.text_config, hf.config.vision_config):
             config._attn_implementation = IMPLEMENTATION
         patch_embed_as_matmul(hf.model.visual.patch_embed)
+        fuse_layers(hf)
         banned = torch.zeros(text.vocab_size, dtype=torch.bool)
         banned[list(banned_ids)] = True
         self.register_buffer("banned", banned, persistent=False)
@@ -110,8 +112,8 @@ class Policy(nn.Module):
         )
         embeds = self.hf.model.language_model.embed_tokens(token_ids)
         tower = self.hf.model.visual
-        thw = torch.tensor(grids, device=token_ids.device)
-        features = tower(patches.to(tower.dtype), grid_thw=thw, **plan).pooler_output.to(embeds.dtype)
+        # The plan says everything about the grids; the tower asks for them by name and never reads them.
+        features = tower(patches.to(tower.dtype), grid_thw=None, **plan).pooler_output.to(embeds.dtype)
         if len(image_index) == 0:
             return embeds + 0.0 * features.sum()
         assert len(image_index) == len(features), f"{len(image_index)} placeholders, {len(features)} image features"

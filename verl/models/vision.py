@@ -5,6 +5,7 @@ transformers 5.17 takes these tensors as keywords and skips its own per-image lo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -38,21 +39,28 @@ def segment_lengths(
 def vision_plan(
     grids: Sequence[Grid], *, merge_size: int, window_size: int, patch_size: int, device: torch.device
 ) -> dict[str, Tensor | int]:
-    """Keywords for the vision tower's forward: positions, window order and segment bounds of all images."""
-    parts = [_one_grid(tuple(grid), merge_size, window_size, patch_size) for grid in grids]
-    offsets, offset = [], 0
-    for _, order, _, _ in parts:
-        offsets.append(offset)
-        offset += len(order)
+    """Keywords for the vision tower's forward: positions, window order and segment bounds of all images.
+
+    Plans of recent sets of grids are kept on the device: pictures of one task have one size. Read-only.
+    """
+    return dict(_plan(tuple(tuple(grid) for grid in grids), merge_size, window_size, patch_size, device))
+
+
+@lru_cache(maxsize=32)
+def _plan(
+    grids: tuple[Grid, ...], merge_size: int, window_size: int, patch_size: int, device: torch.device
+) -> dict[str, Tensor | int]:
+    parts = [_one_grid(grid, merge_size, window_size, patch_size) for grid in grids]
+    starts = list(itertools.accumulate((len(order) for _, order, _, _ in parts), initial=0))
 
     def bounds(lengths: Tensor) -> Tensor:
-        return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(device, non_blocking=True)
+        return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(device)
 
     full = torch.cat([p[2] for p in parts])
     windows = torch.cat([p[3] for p in parts])
     return {
-        "position_ids": torch.cat([p[0] for p in parts]).to(device, non_blocking=True),
-        "window_index": torch.cat([p[1] + o for p, o in zip(parts, offsets, strict=True)]).to(device),
+        "position_ids": torch.cat([p[0] for p in parts]).to(device),
+        "window_index": torch.cat([p[1] + start for p, start in zip(parts, starts, strict=False)]).to(device),
         "cu_seqlens": bounds(full),
         "cu_window_seqlens": bounds(windows),
         "max_seqlen": int(full.max()),

@@ -59,6 +59,16 @@ class PackedBatch:
     def tokens(self) -> int:
         return len(self.token_ids)
 
+    def key_copies(self) -> Ints:
+        """(T, c) places of each flat token among the K gathered keys, filled up with K; c is the largest number."""
+        count = np.bincount(self.key_index, minlength=self.tokens)
+        order = np.argsort(self.key_index, kind="stable")
+        flat = self.key_index[order]
+        nth = np.arange(len(order)) - (np.cumsum(count) - count)[flat]
+        copies = np.full((self.tokens, int(count.max(initial=0))), len(order), dtype=np.int64)
+        copies[flat, nth] = order
+        return copies
+
     @property
     def computed_patches(self) -> int:
         return sum(t * h * w for t, h, w in self.image_grids)

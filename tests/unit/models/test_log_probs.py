@@ -109,3 +109,13 @@ def test_no_tensor_of_all_tokens_times_the_vocabulary_is_kept_for_the_backward()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
         response_stats(hidden, vocabulary, targets, banned=BANNED, temperature=0.6, entropy_grad=True, chunk=2)
     assert max(kept, default=0) <= max(hidden.numel(), vocabulary.numel()) < N * V, kept
+
+
+def test_the_vocabularys_gradient_is_summed_over_chunks_in_fp32() -> None:
+    """4096 equal rows, one a chunk: in bf16 the sum stops growing."""
+    hidden = torch.ones(4096, 1, dtype=torch.bfloat16)
+    vocabulary = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(4096, dtype=torch.int64)
+    stats = response_stats(hidden, vocabulary, targets, banned=None, temperature=1.0, entropy_grad=False, chunk=1)
+    stats.log_probs.sum().backward()
+    assert vocabulary.grad.flatten().tolist() == [2048.0, -2048.0]

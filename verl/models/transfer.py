@@ -1,0 +1,27 @@
+"""Numbers from the host to a device without making the host wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def to_device(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> list[Tensor]:
+    """int64 tensors of the arrays' shapes. To a GPU they travel as one pinned buffer: a copy from pageable memory
+    would wait for all work in the queue, and many small ones cost more than their bytes."""
+    if device.type == "cpu":
+        return [torch.from_numpy(x) for x in arrays]
+    sizes = [x.size for x in arrays]
+    host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=True)
+    np.concatenate([x.reshape(-1) for x in arrays], out=host.numpy())
+    parts = host.to(device, non_blocking=True).split(sizes)
+    return [part.view(x.shape) for part, x in zip(parts, arrays, strict=True)]
+
+
+def pinned_to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; on the way to a GPU it is pinned, so that the host does not wait."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
