@@ -42,7 +42,7 @@ class Recipe:
     data: Path
     hidden: int
     layers: int
-    sft_epochs: int
+    sft_steps: int
     rl_steps: int
     max_response: int
     max_prompt: int
@@ -82,8 +82,9 @@ def sft_command(run: Run, recipe: Recipe) -> list[str]:
         *("optim.lr=1e-3", "optim.lr_scheduler=constant", "optim.warmup_steps_ratio=0.02"),
         *_sampling("rollout"),
         *("rollout.hf_batch_size=512", "reward.format=strict", "trainer.stop_parse_failure=0.02"),
-        f"trainer.total_epochs={recipe.sft_epochs}",
-        *("trainer.save_freq=-1", "trainer.resume_mode=disable", f"trainer.seed={run.seed}"),
+        f"trainer.total_training_steps={recipe.sft_steps}",
+        *("trainer.test_freq=25", "trainer.save_freq=-1", "trainer.resume_mode=disable"),
+        f"trainer.seed={run.seed}",
         f"trainer.device={recipe.device}",
         f"trainer.default_local_dir={folder}/sft",
     ]
@@ -269,16 +270,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=rows.ROOT / "data")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--sft-epochs", type=int, default=80)
+    parser.add_argument("--sft-steps", type=int, default=1500, help="at most; the stop rule ends it sooner")
     parser.add_argument("--rl-steps", type=int, default=60)
     parser.add_argument("--max-prompt", type=int, default=512)
-    parser.add_argument("--max-response", type=int, default=96)
+    parser.add_argument("--max-response", type=int, default=192)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--append", action="store_true", help="keep the rows of other tasks and engines")
     args = parser.parse_args()
     for task in args.tasks:
         get_task(task)
-    shared = ("data", "hidden", "layers", "sft_epochs", "rl_steps", "max_response", "max_prompt", "device")
+    shared = ("data", "hidden", "layers", "sft_steps", "rl_steps", "max_response", "max_prompt", "device")
     recipe = Recipe(folder=args.folder.resolve(), **{name: getattr(args, name) for name in shared})
     runs = [Run(task, seed, engine) for seed in args.seeds for task in args.tasks for engine in args.engine]
     failed: list[str] = []
