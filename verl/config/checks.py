@@ -68,6 +68,9 @@ def _sizes(config: PPOConfig) -> Problems:
         actor_rollout_ref__rollout__val_kwargs__n=rollout.val_kwargs.n,
         actor_rollout_ref__rollout__hf_batch_size=rollout.hf_batch_size,
         actor_rollout_ref__rollout__max_num_seqs=rollout.max_num_seqs,
+        actor_rollout_ref__rollout__checkpoint_engine__update_weights_bucket_megabytes=(
+            rollout.checkpoint_engine.update_weights_bucket_megabytes
+        ),
         actor_rollout_ref__rollout__max_num_batched_tokens=rollout.max_num_batched_tokens,
         actor_rollout_ref__rollout__tensor_model_parallel_size=rollout.tensor_model_parallel_size,
     )

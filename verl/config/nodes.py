@@ -176,6 +176,16 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointEngineConfig:
+    """How the actor's weights reach the engine."""
+
+    update_weights_bucket_megabytes: int
+    """Size of a bucket; each GPU holds two of them."""
+    checksum: Literal["never", "validation", "always"]
+    """When both ends of a transfer compare checksums: validation is at the start and before each validation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutConfig:
     """The engine that writes the answers."""
 
@@ -235,6 +245,7 @@ class RolloutConfig:
     """Token budget from log_prob_max_token_len_per_gpu instead."""
     log_prob_max_token_len_per_gpu: int
     """That budget."""
+    checkpoint_engine: CheckpointEngineConfig
     val_kwargs: SamplingConfig
 
 

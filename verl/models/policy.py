@@ -220,11 +220,7 @@ def load_policy(
 
     `overrides` replaces fields of the text model's config. Raises ValueError on a field that it does not have.
     """
-    config = AutoConfig.from_pretrained(path)
-    for name, value in (overrides or {}).items():
-        if not hasattr(config.text_config, name):
-            raise ValueError(f"model.override_config.{name}: the model's config has no such field")
-        setattr(config.text_config, name, value)
+    config = _model_config(path, overrides)
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         path, config=config, dtype=dtype, attn_implementation="sdpa"
     )
@@ -232,3 +228,19 @@ def load_policy(
     if checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return policy.train(checkpointing)  # transformers checkpoints only in train mode
+
+
+def parameter_shapes(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape of every weight of the model in a folder, a tied head once. Reads no weights."""
+    with torch.device("meta"):
+        hf = Qwen2_5_VLForConditionalGeneration(_model_config(path, overrides))
+    return {name: tuple(parameter.shape) for name, parameter in hf.named_parameters()}
+
+
+def _model_config(path: Path, overrides: Mapping[str, Any] | None) -> Any:
+    config = AutoConfig.from_pretrained(path)
+    for name, value in (overrides or {}).items():
+        if not hasattr(config.text_config, name):
+            raise ValueError(f"model.override_config.{name}: the model's config has no such field")
+        setattr(config.text_config, name, value)
+    return config

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -33,6 +34,16 @@ def unwrap(value: Any) -> Any:
     where = f"{value.group} rank {value.rank}, phase {value.phase!r}"
     kind = UserError if value.user_error else WorkerError
     raise kind(f"{where}: {value.error}\n{value.trace}")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call under way. Its `ref` may be an argument of another call, which then waits for it."""
+
+    group: str
+    rank: int
+    phase: str
+    ref: Any
 
 
 class WorkerGroup:
@@ -92,36 +103,55 @@ class WorkerGroup:
     def wait(self, started: tuple[str, list[Any]]) -> list[Any]:
         return self._collect(*started)
 
-    def _collect(self, phase: str, refs: list[Any]) -> list[Any]:
-        """Results in order. The first failure ends the wait: other ranks may hang in a collective for ever."""
-        begin = time.monotonic()
-        pending, results = list(refs), {}
-        while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=_SAY_EVERY)
-            for ref in done:
-                results[ref] = self._result(phase, refs.index(ref), ref)
-            waited = time.monotonic() - begin
-            if not done:
-                missing = [refs.index(ref) for ref in pending]
-                log.warning(
-                    "waiting for %s.%s: %d of %d ranks done after %.0f s (missing ranks %s)",
-                    *(self.name, phase, len(results), len(refs), waited, missing),
-                )
-            if pending and waited > self.timeout:
-                missing = [refs.index(ref) for ref in pending]
-                raise WorkerError(f"{self.name}.{phase}: no answer from ranks {missing} in {waited:.0f} s")
-        return [results[ref] for ref in refs]
+    def submit(self, rank: int, method: str, *args: Any) -> Call:
+        """Begin a call on one rank; arguments may be `Call.ref`s. A rank's calls run in the order they were begun."""
+        return Call(self.name, rank, method, self.shells[rank].call.remote(method, *args))
 
-    def _result(self, phase: str, rank: int, ref: Any) -> Any:
-        try:
-            value = ray.get(ref)
-        except RayActorError as error:
-            raise WorkerError(f"{self.name} rank {rank} died during {phase!r}: {error}") from error
-        except RayError as error:
-            raise WorkerError(f"{self.name} rank {rank}, phase {phase!r}: {error}") from error
-        return unwrap(value)
+    def gather(self, calls: Sequence[Call]) -> list[Any]:
+        """Results in order. `calls` stand in the order of cause and effect, of any groups.
+
+        The first failure ends the wait, because other ranks may hang in a collective for ever; of several it is the
+        earliest in `calls`, because those that wait for a failed call fail with it.
+        """
+        begin = time.monotonic()
+        places = {call.ref: place for place, call in enumerate(calls)}
+        results: dict[int, Any] = {}
+        while places:
+            done, _ = ray.wait(list(places), num_returns=1, timeout=_SAY_EVERY)
+            if done:
+                done, _ = ray.wait(list(places), num_returns=len(places), timeout=0)
+            for place in sorted(places.pop(ref) for ref in done):
+                results[place] = _result(calls[place])
+            waited = time.monotonic() - begin
+            if places and not done:
+                log.warning("waiting for %s: %d of %d calls done after %.0f s",
+                            _missing(calls, places.values()), len(results), len(calls), waited)  # fmt: skip
+            if places and waited > self.timeout:
+                raise WorkerError(f"{_missing(calls, places.values())}: no answer in {waited:.0f} s")
+        return [results[place] for place in range(len(calls))]
+
+    def _collect(self, phase: str, refs: list[Any]) -> list[Any]:
+        """Results in rank order."""
+        return self.gather([Call(self.name, rank, phase, ref) for rank, ref in enumerate(refs)])
 
     def kill(self) -> None:
         """End the processes of this group."""
         for shell in self.shells:
             ray.kill(shell, no_restart=True)
+
+
+def _result(call: Call) -> Any:
+    try:
+        value = ray.get(call.ref)
+    except RayActorError as error:
+        raise WorkerError(f"{call.group} rank {call.rank} died during {call.phase!r}: {error}") from error
+    except RayError as error:
+        raise WorkerError(f"{call.group} rank {call.rank}, phase {call.phase!r}: {error}") from error
+    return unwrap(value)
+
+
+def _missing(calls: Sequence[Call], places: Iterable[int]) -> str:
+    """E.g. `actor.update (ranks 0, 3)`, of the earliest phase that is not done."""
+    first = calls[min(places)]
+    ranks = sorted({calls[p].rank for p in places if (calls[p].group, calls[p].phase) == (first.group, first.phase)})
+    return f"{first.group}.{first.phase} (ranks {', '.join(map(str, ranks))})"

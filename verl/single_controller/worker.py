@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import operator
 import os
 import socket
 import traceback
@@ -58,8 +59,14 @@ class WorkerShell:
         return self._guard("start", make)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of the worker; its result, or a `WorkerFailure`."""
-        return self._guard(method, lambda: getattr(self.worker, method)(*args, **kwargs))
+        """Call a method of the worker, or with a dotted name of a part of it; its result, or a `WorkerFailure`.
+
+        A call that waited for one that failed is not made and returns that failure.
+        """
+        failed = next((a for a in args if isinstance(a, WorkerFailure)), None)
+        if failed is not None:
+            return failed
+        return self._guard(method, lambda: operator.attrgetter(method)(self.worker)(*args, **kwargs))
 
     def _guard(self, phase: str, action: Any) -> Any:
         try:

@@ -116,9 +116,9 @@ class Trainer:
             with phase("update_actor"):
                 updates = self.workers.actors.update(batches) if self._updates_now() else []
             with phase("update_weights"):
-                self._sync()
+                synced = self._sync()
         self._write_samples(groups)
-        return self._metrics(phase, groups, rewarded, advantages, updates)
+        return self._metrics(phase, groups, rewarded, advantages, updates) | synced
 
     # --- start and end -------------------------------------------------------------------------------------------
 
@@ -292,8 +292,12 @@ class Trainer:
     def _updates_now(self) -> bool:
         return self.step >= self.config.trainer.critic_warmup
 
-    def _sync(self) -> None:
-        self.workers.rollouts.load(self.workers.actors.publish())
+    def _sync(self) -> dict[str, float]:
+        """The actor's weights into every engine; metrics."""
+        when = self.config.actor_rollout_ref.rollout.checkpoint_engine.checksum
+        in_training = self.step > 0 and not self.config.trainer.val_only
+        validates = not in_training or is_due(self.config.trainer.test_freq, self.step, self.plan.total_steps)
+        return self.workers.sync(with_checksum=when == "always" or (when == "validation" and validates))
 
     # --- validation, checkpoints, records ------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ import io
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,11 +19,10 @@ import torch
 import torch.distributed as dist
 from runs import Run
 
-from verl.single_controller.group import WorkerGroup, unwrap
+from verl.single_controller.group import Call, WorkerGroup, unwrap
 from verl.single_controller.worker import WorkerShell
 from verl.trainer import main_generation, main_ppo, sft_trainer
 from verl.trainer.ppo import cluster
-from verl.workers.weight_sync import shared_memory
 
 
 class InProcessGroup(WorkerGroup):
@@ -55,6 +53,12 @@ class InProcessGroup(WorkerGroup):
     def wait(self, started: tuple[str, list[Any]]) -> list[Any]:
         return started[1]
 
+    def submit(self, rank: int, method: str, *args: Any) -> Call:
+        return Call(self.name, rank, method, unwrap(self.shell.call(method, *args)))
+
+    def gather(self, calls: Sequence[Call]) -> list[Any]:
+        return [call.ref for call in calls]
+
     def kill(self) -> None:
         if hasattr(self.shell.worker, "close"):
             self.shell.worker.close()
@@ -65,7 +69,6 @@ def _without_ray(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cluster, "start_ray", lambda *_: None)
     patch.setattr(cluster, "reserve", lambda *_: None)
     patch.setattr(cluster, "start_reward_pool", lambda *_: None)  # the driver scores
-    patch.setattr(shared_memory, "ray", SimpleNamespace(put=lambda x: x, get=lambda x: x, ObjectRef=object))
     patch.setattr(faulthandler, "enable", lambda: None)  # pytest has its own
 
 

@@ -14,6 +14,7 @@ from verl.trainer.ppo.workers import Actors, Rollouts, peak_memory
 from verl.workers.reward_manager import RewardManager
 from verl.workers.reward_manager.pool import RewardPool, default_workers
 from verl.workers.runtime import resolve_device
+from verl.workers.weight_sync.sync import WeightSync, choose_transport
 
 _CALL_TIMEOUT = float(os.environ.get("VERL_CALL_TIMEOUT", "7200"))  # seconds until a silent worker counts as hung
 _START_TIMEOUT = float(os.environ.get("VERL_START_TIMEOUT", "600"))
@@ -35,6 +36,7 @@ class Workers:
         if self.actor_group is not None:
             self.actors = Actors(self.actor_group, self.config)
         self.rollouts = Rollouts(self.rollout_group)
+        self._weights: WeightSync | None = None
 
     @property
     def groups(self) -> list[WorkerGroup]:
@@ -42,6 +44,18 @@ class Workers:
 
     def memory(self) -> dict[str, float]:
         return peak_memory(self.groups)
+
+    def connect(self) -> None:
+        """Open the way from the actor's weights to the engines and check that both hold the same model."""
+        assert self.actor_group is not None, "a run without an actor has no weights to send"
+        transport = choose_transport(colocated=self.config.actor_rollout_ref.hybrid_engine)
+        self._weights = WeightSync(self.actor_group, self.rollout_group, transport)
+
+    def sync(self, *, with_checksum: bool) -> dict[str, float]:
+        """Bring the actor's present weights into every engine; metrics."""
+        assert self._weights is not None, "sync before connect"
+        synced = self._weights(with_checksum=with_checksum)
+        return {"weight_sync/bytes": float(synced.nbytes), "weight_sync/checked": float(synced.checked)}
 
     def close(self) -> None:
         for group in self.groups:
@@ -95,6 +109,8 @@ def start_workers(
         if actors:
             workers.actors.build(config, resources, stores, optimizer_steps)
         workers.rollouts.build(config, stores)
+        if actors:
+            workers.connect()
         started = [f"{g.name} pid {_listed(g.pids())}" for g in workers.groups]
         if workers.rewards is not None:
             started.append(f"reward pid {_listed(workers.rewards.ready(_START_TIMEOUT))}")

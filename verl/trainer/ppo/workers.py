@@ -19,7 +19,6 @@ from verl.workers.actor.worker import ActorWorker, MiniBatch
 from verl.workers.rollout.base import Sampling
 from verl.workers.rollout.forward import Sink
 from verl.workers.rollout.worker import RolloutWorker
-from verl.workers.weight_sync.shared_memory import StoredBucket
 
 # What a patch costs beside a text token of the same forward: 0.67e9 tower against 2.8e9 text parameters at the 3B.
 PATCH_WEIGHT = 0.24
@@ -82,9 +81,6 @@ class Actors:
             steps.append(merged | {name: parts[0][name] for name in _SAME_ON_ALL_RANKS})
         return steps
 
-    def publish(self) -> list[StoredBucket]:
-        return self.group.all("publish_weights")[0]
-
     def save(self, checkpoint: Checkpoint) -> dict[str, int]:
         """Write into the checkpoint's folder; the engine's clock, to be stored beside."""
         return self.group.all("save", checkpoint)[0]
@@ -105,9 +101,6 @@ class Rollouts:
 
     def build(self, config: PPOConfig, stores: Sequence[Path]) -> None:
         self.group.build(RolloutWorker, [(config, stores)] * self.group.size)
-
-    def load(self, buckets: Sequence[StoredBucket]) -> None:
-        self.group.all("load", buckets)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int, sink: Sink | None = None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
@@ -16,7 +17,7 @@ from verl.utils.checkpoint.manager import Checkpoint
 from verl.utils.dataset.images import ImageSpec
 from verl.utils.dataset.patches import open_patches
 from verl.workers.actor.build import build_policy, build_runner, build_train_engine, load_engine, save_engine
-from verl.workers.actor.engine import PackedRunner, full_parameters
+from verl.workers.actor.engine import PackedRunner
 from verl.workers.actor.objective import PolicyObjective
 from verl.workers.runtime import (
     compute_dtype,
@@ -26,7 +27,7 @@ from verl.workers.runtime import (
     resolve_device,
     start_process_group,
 )
-from verl.workers.weight_sync.shared_memory import StoredBucket, publish
+from verl.workers.weight_sync.sender import WeightSender
 
 MicroBatches = Sequence[Sequence[TrainGroup]]
 
@@ -74,6 +75,7 @@ class ActorWorker:
         self.reference: PackedRunner | None = None
         if uses_reference(config):
             self.reference = self._runner(self._policy(trained=False, offload=ref.fsdp_config.param_offload))
+        self.weights = self._sender(policy)
 
     def _policy(self, *, trained: bool, offload: bool, freeze_vision: bool = False) -> Policy:
         workers = self.config.actor_rollout_ref
@@ -91,6 +93,15 @@ class ActorWorker:
     def _runner(self, policy: Policy) -> PackedRunner:
         return build_runner(policy, self.patches, self.device, self.config.actor_rollout_ref.rollout.temperature)
 
+    def _sender(self, policy: Policy) -> WeightSender:
+        rollout = self.config.actor_rollout_ref.rollout
+        return WeightSender(
+            dict(policy.hf.named_parameters()),
+            dtype=compute_dtype(rollout.dtype, self.device),
+            device=torch.device(self.device),
+            max_bytes=rollout.checkpoint_engine.update_weights_bucket_megabytes << 20,
+        )
+
     def describe(self) -> str:
         reference = "none" if self.reference is None else "a frozen copy"
         return f"{parameter_table(list(self.engine.policy.named_parameters()))}; reference: {reference}"
@@ -107,11 +118,6 @@ class ActorWorker:
     def update(self, mini_batches: Sequence[MiniBatch]) -> list[dict[str, float]]:
         """One optimizer step per mini-batch; this rank's metric sums of each."""
         return [self.engine.step(b.micro_batches, self.objective, b.tokens) for b in mini_batches]
-
-    def publish_weights(self) -> list[StoredBucket]:
-        """Put the weights where rollout workers read them; rank 0 returns the buckets, the others an empty list."""
-        dtype = compute_dtype(self.config.actor_rollout_ref.rollout.dtype, self.device)
-        return publish(full_parameters(self.engine.policy, dtype), dtype, keep=self.rank == 0)
 
     def save(self, checkpoint: Checkpoint) -> dict[str, int]:
         """Write into the checkpoint's folder; returns the engine's clock."""

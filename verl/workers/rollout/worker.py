@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from verl.config import PPOConfig
-from verl.models.policy import check_model_folder, load_policy, stop_ids
+from verl.models.policy import check_model_folder, load_policy, parameter_shapes, stop_ids
 from verl.protocol import Prompt, Response
 from verl.utils.dataset.images import ImageSpec
 from verl.utils.dataset.patches import open_patches
@@ -17,7 +18,7 @@ from verl.workers.rollout.base import RolloutEngine, Sampling
 from verl.workers.rollout.forward import Forwarder, Sink
 from verl.workers.rollout.hf import HFEngine
 from verl.workers.runtime import compute_dtype, import_external, memory_metrics, resolve_device
-from verl.workers.weight_sync.shared_memory import StoredBucket, read
+from verl.workers.weight_sync.receiver import WeightReceiver
 
 
 def build_engine(config: PPOConfig, stores: Sequence[Path]) -> tuple[RolloutEngine, Any]:
@@ -38,14 +39,20 @@ def build_engine(config: PPOConfig, stores: Sequence[Path]) -> tuple[RolloutEngi
 
 
 class RolloutWorker:
-    """One engine replica. Its weights are those of the last `load`."""
+    """One engine replica. Its weights are those of the last transfer."""
 
     def __init__(self, config: PPOConfig, stores: Sequence[Path]) -> None:
         self.device = resolve_device(config.trainer.device)
         self.engine, self.tokenizer = build_engine(config, stores)
+        model = config.actor_rollout_ref.model
+        shapes = parameter_shapes(check_model_folder(model.path), model.override_config)
+        self.weights = WeightReceiver(self.engine, shapes, torch.device(self.device))
 
-    def load(self, buckets: Sequence[StoredBucket]) -> None:
-        self.engine.load_weights(read(buckets))
+    def sleep(self, level: int) -> None:
+        self.engine.sleep(level)
+
+    def wake(self, tags: Sequence[str]) -> None:
+        self.engine.wake(tags)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int, sink: Sink | None = None, first: int = 0
