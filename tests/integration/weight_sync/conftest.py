@@ -15,9 +15,17 @@ sys.path.insert(0, str(UNIT))
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
+    import process_workers
+    import simulated
+
     mine = not ray.is_initialized()
     if mine:
         ray.init(num_cpus=4, include_dashboard=False, logging_level=40, log_to_driver=False)
+    modules = (process_workers, simulated)
+    for module in modules:
+        ray.cloudpickle.register_pickle_by_value(module)
     yield
+    for module in modules:
+        ray.cloudpickle.unregister_pickle_by_value(module)
     if mine:
         ray.shutdown()

@@ -1,13 +1,10 @@
-"""Workers of the transfer tests, built inside Ray processes."""
+"""Workers of the transfer tests, built inside Ray processes, which get this module by value."""
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "unit" / "weight_sync"))
 
 from simulated import Actor, Recording, Rollout, parameters, shapes
 

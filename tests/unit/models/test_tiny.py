@@ -14,7 +14,7 @@ from model_fixtures import SIZE, TEXTS
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from verl.models.policy import VISION_TOKENS, banned_ids, check_model_folder, load_policy, stop_ids
+from verl.models.policy import VISION_TOKENS, banned_ids, check_model_folder, load_policy, parameter_shapes, stop_ids
 from verl.models.tiny import SPECIAL_TOKENS, TinySize, create_tiny_model, texts_of_parquet
 from verl.utils.dataset.images import ImageSpec
 
@@ -135,3 +135,10 @@ def test_an_override_that_the_model_does_not_have_is_an_error_with_its_key(folde
         load_policy(folder, tokenizer, dtype=torch.float32, overrides={"rope_thetaa": 1.0})
     with pytest.raises(ValueError, match=r"attention_dropout=0\.1 are not supported"):
         load_policy(folder, tokenizer, dtype=torch.float32, overrides={"attention_dropout": 0.1})
+
+
+def test_shapes_read_from_the_config_are_those_of_the_loaded_model_with_a_tied_head_once(folder: Path) -> None:
+    policy = load_policy(folder, AutoTokenizer.from_pretrained(folder), dtype=torch.float32)
+    found = parameter_shapes(folder)
+    assert found == {name: tuple(parameter.shape) for name, parameter in policy.hf.named_parameters()}
+    assert "lm_head.weight" not in found
