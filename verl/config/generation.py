@@ -128,6 +128,8 @@ def inert_generation(config: GenerationConfig, user_set: Mapping[str, str]) -> l
         unused[f"rollout.{name}"] = "there is no actor beside the engines; trainer.* sizes them"
     if not config.rollout.do_sample:
         unused |= {f"rollout.{name}": "rollout.do_sample=False is greedy" for name in ("temperature", "top_k", "top_p")}
+    transfer = "the engines read the weights from model.path"
+    unused |= {key: transfer for key in user_set if key.startswith("rollout.checkpoint_engine.")}
     lines = [f"{key}={user_set[key]} has no effect: {reason}" for key, reason in unused.items() if key in user_set]
     validation = [key for key in user_set if key.startswith("rollout.val_kwargs.")]
     return lines + [f"{key}={user_set[key]} has no effect: rollout.* itself says how to draw" for key in validation]
