@@ -54,7 +54,7 @@ def help_text(config_name: str, width: int = 120) -> str:
     defaults = flatten(raw, free_keys(root))
     table = Table(box=None, pad_edge=False, header_style="")
     for title in ("key", "default", "help"):
-        table.add_column(title, overflow="fold")
+        table.add_column(title, overflow="fold", no_wrap=title == "key")
     for key, text in docs(root):
         default = "null" if defaults[key] is None else str(defaults[key])
         table.add_row(escape(key), escape(default), escape(text))
