@@ -206,9 +206,9 @@ class Packed:
         """As `Padded.pass_over`."""
         self.model.zero_grad(set_to_none=True)
         share, found = 1.0 / sum(map(response_tokens, micro_batches)), []
-        for groups in micro_batches:
-            stats = self.policy(self.runner.inputs(groups), temperature=1.0)
-            loss, _ = OBJECTIVE(stats, columns(groups), share)
+        for micro in self.runner.micro_batches(micro_batches):
+            stats = self.policy(micro.inputs, temperature=1.0)
+            loss, _ = OBJECTIVE(stats, micro.columns, share)
             loss.backward()
             found.append(stats.log_probs.detach())
         return found

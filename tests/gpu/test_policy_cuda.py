@@ -15,6 +15,8 @@ from verl.models.log_probs import TokenStats
 from verl.models.policy import Policy, load_policy, make_inputs
 from verl.packing.layout import pack
 from verl.protocol import TrainGroup, TrainSample
+from verl.workers.actor.engine import PackedRunner
+from verl.workers.actor.objective import SFTObjective
 from verl.workers.rollout.base import Sampling
 from verl.workers.rollout.hf import HFEngine
 
@@ -90,3 +92,20 @@ def test_sampler_log_probs_on_cuda_equal_the_trainers_up_to_bf16(folder: Path) -
     assert difference.max() < 0.1 and difference.mean() < 0.02, f"{difference.max():.3g}, {difference.mean():.3g}"
     banned = set(policy.banned.nonzero()[:, 0].tolist())
     assert not banned & {int(t) for group in answers for r in group for t in r.token_ids}
+
+
+def test_forward_and_backward_do_not_wait_for_the_device(folder: Path) -> None:
+    policy = on_cuda(folder)
+    make = Maker(policy.config)
+    groups = [make.group([3, 20, 1], WIDE), make.group([5, 5], SMALL, ODD)]
+    run(policy, groups).log_probs.sum().backward()  # kernels and plans are made once
+    runner = PackedRunner(policy, patch_source(), torch.device("cuda"), 0.8)
+    runner.pack_ahead = False
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for micro in runner.micro_batches([groups, groups]):
+            stats = policy(micro.inputs, temperature=0.8)
+            loss, _ = SFTObjective()(stats, micro.columns, 0.1)
+            loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from verl.models.gather import gather_rows
 from verl.models.transfer import to_device
 from verl.models.varlen import varlen_kernel
 from verl.packing.layout import PackedBatch
@@ -86,25 +86,6 @@ def group_mask(lengths: list[int]) -> Tensor:
     return causal & (same | (segment[None, :] == 0))
 
 
-class _GatherKeys(torch.autograd.Function):
-    """`x.index_select(0, index)` whose gradient is a sum over each row's copies, in fp32 and always in one order.
-
-    Plain indexing sorts all indices in every backward pass, and adds up in the tensor's own precision.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, copies: Tensor) -> Tensor:
-        ctx.save_for_backward(copies)
-        return x.index_select(0, index)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (copies,) = ctx.saved_tensors
-        padded = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])
-        return padded[copies].sum(1, dtype=torch.float32).to(grad.dtype), None, None
-
-
 @dataclass(frozen=True)
 class VarlenSegments:
     """CUDA plan of a packed batch: one varlen call, keys and values gathered by index."""
@@ -131,7 +112,7 @@ class VarlenSegments:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if q.dtype not in _VARLEN_DTYPES:
             return self.masked.attend(layer, q, k, v, scale)
-        k, v = (_GatherKeys.apply(x[0].transpose(0, 1), self.key_index, self.key_copies) for x in (k, v))
+        k, v = (gather_rows(x[0].transpose(0, 1), self.key_index, self.key_copies) for x in (k, v))
         q = q[0].transpose(0, 1).contiguous()
         return varlen_kernel()(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, scale, causal=True)[None]
 

@@ -16,7 +16,7 @@ _BANNED_LOGIT = -1e9
 
 
 class TokenStats(NamedTuple):
-    """Both (N,) fp32, one entry per response token."""
+    """Both (N,) fp32, one entry per response token; `entropy` is (0,) where it was not asked for."""
 
     log_probs: Tensor
     entropy: Tensor
@@ -55,10 +55,12 @@ class _ChunkedStats(torch.autograd.Function):
         banned: Tensor | None,
         temperature: float,
         entropy_grad: bool,
+        with_entropy: bool,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         size = len(targets)
-        log_probs, entropy, normaliser = (hidden.new_empty(size, dtype=torch.float32) for _ in range(3))
+        log_probs, normaliser = (hidden.new_empty(size, dtype=torch.float32) for _ in range(2))
+        entropy = hidden.new_empty(size if with_entropy else 0, dtype=torch.float32)
         for start in range(0, size, chunk):
             rows = slice(start, start + chunk)
             every = _finite_logits(hidden[rows], vocabulary, banned, temperature)
@@ -66,7 +68,8 @@ class _ChunkedStats(torch.autograd.Function):
             every = every.log_softmax(-1)
             log_probs[rows] = every.gather(-1, targets[rows, None])[:, 0]
             normaliser[rows] = at_target - log_probs[rows]
-            entropy[rows] = -torch.linalg.vecdot(every.exp(), every)
+            if with_entropy:
+                entropy[rows] = -torch.linalg.vecdot(every.exp(), every)
         if banned is not None:
             log_probs.masked_fill_(banned[targets], float("-inf"))
         ctx.save_for_backward(hidden, vocabulary, targets, banned, normaliser, entropy)
@@ -103,7 +106,7 @@ class _ChunkedStats(torch.autograd.Function):
                 d_vocabulary += d_logits.T @ hidden[rows]
         if d_vocabulary is not None:
             d_vocabulary = d_vocabulary.to(vocabulary.dtype)
-        return d_hidden, d_vocabulary, None, None, None, None, None
+        return d_hidden, d_vocabulary, None, None, None, None, None, None
 
 
 def response_stats(
@@ -114,13 +117,17 @@ def response_stats(
     banned: Tensor | None,
     temperature: float,
     entropy_grad: bool,
+    with_entropy: bool = True,
     chunk: int = _CHUNK,
 ) -> TokenStats:
     """Statistics of `targets` (N,) from the hidden states (N, D) that predict them.
 
     The vocabulary matrix (V, D) meets only these rows, `chunk` at a time; the backward pass makes a chunk's logits
-    again and sums the matrix's gradient in fp32. `entropy_grad` lets the entropy carry a gradient.
+    again and sums the matrix's gradient in fp32. `entropy_grad` lets the entropy carry a gradient, `with_entropy=False`
+    leaves it out.
     """
+    assert with_entropy or not entropy_grad, "an entropy that is not made has no gradient"
+    rows = min(chunk, max(1, len(targets)))
     return TokenStats(
-        *_ChunkedStats.apply(hidden, vocabulary, targets, banned, temperature, entropy_grad, min(chunk, len(targets)))
+        *_ChunkedStats.apply(hidden, vocabulary, targets, banned, temperature, entropy_grad, with_entropy, rows)
     )

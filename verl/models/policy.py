@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 from verl.models.attention import IMPLEMENTATION, AttentionPlan, plan_for
+from verl.models.gather import gather_rows
 from verl.models.layers import fuse_layers
 from verl.models.log_probs import TokenStats, response_stats
 from verl.models.transfer import pinned_to_device, to_device
@@ -38,6 +39,7 @@ class ModelInputs:
     positions: Tensor
     plan: AttentionPlan
     predict_index: Tensor
+    predict_copies: Tensor
     targets: Tensor
     patches: Tensor
     """(N, 3 * temporal * patch * patch); of a dummy 1x2x2 image when the batch has none."""
@@ -56,13 +58,15 @@ def make_inputs(batch: PackedBatch, patches: Tensor | None, patch_dim: int, devi
         assert not grids, f"{len(grids)} images but no patches"
         patches, grids = torch.zeros(4, patch_dim), ((1, 2, 2),)
 
-    arrays = (batch.token_ids, batch.positions, batch.predict_index, batch.targets, batch.image_index)
-    token_ids, positions, predict_index, targets, image_index = to_device(arrays, device)
+    predict = (batch.predict_index, batch.predict_copies())
+    arrays = (batch.token_ids, batch.positions, *predict, batch.targets, batch.image_index)
+    token_ids, positions, predict_index, predict_copies, targets, image_index = to_device(arrays, device)
     return ModelInputs(
         token_ids=token_ids,
         positions=positions,
         plan=plan_for(batch, device),
         predict_index=predict_index,
+        predict_copies=predict_copies,
         targets=targets,
         patches=pinned_to_device(patches, device),
         grids=grids,
@@ -90,6 +94,8 @@ class Policy(nn.Module):
         banned = torch.zeros(text.vocab_size, dtype=torch.bool)
         banned[list(banned_ids)] = True
         self.register_buffer("banned", banned, persistent=False)
+        self.keep_gathered = False
+        """Whether sharded weights stay gathered between micro-batches (see `verl.workers.actor.engine.ShardSpec`)."""
 
     @property
     def config(self) -> Any:
@@ -129,17 +135,20 @@ class Policy(nn.Module):
             plan=plan,
         ).last_hidden_state[0]
 
-    def forward(self, inputs: ModelInputs, *, temperature: float, entropy_grad: bool = False) -> TokenStats:
-        """Log-prob and entropy (N,) of every response token in the batch."""
+    def forward(
+        self, inputs: ModelInputs, *, temperature: float, entropy_grad: bool = False, with_entropy: bool = True
+    ) -> TokenStats:
+        """Log-prob and entropy (N,) of every response token in the batch; no entropies without `with_entropy`."""
         embeds = self.embed(inputs.token_ids, inputs.patches, inputs.grids, inputs.image_index)
         hidden = self.hidden(embeds, inputs.positions, inputs.plan)
         return response_stats(
-            hidden[inputs.predict_index],
+            gather_rows(hidden, inputs.predict_index, inputs.predict_copies),
             self.vocabulary,
             inputs.targets,
             banned=self.banned,
             temperature=temperature,
             entropy_grad=entropy_grad,
+            with_entropy=with_entropy,
         )
 
 

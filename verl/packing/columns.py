@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from verl.packing.layout import Floats
 from verl.protocol import TrainGroup, TrainSample
 
+Array = TypeVar("Array")
+
 
 @dataclass(frozen=True, slots=True)
-class Columns:
-    """All (N,) fp32 over the response tokens; None where the step does not use the column."""
+class Columns(Generic[Array]):
+    """All (N,) fp32 over the response tokens, arrays or tensors; None where the step does not use the column."""
 
-    weights: Floats
-    advantages: Floats
-    old_log_probs: Floats | None
-    ref_log_probs: Floats | None
-    rollout_log_probs: Floats | None
+    weights: Array
+    advantages: Array
+    old_log_probs: Array | None
+    ref_log_probs: Array | None
+    rollout_log_probs: Array | None
 
 
-def columns(groups: Sequence[TrainGroup]) -> Columns:
+def columns(groups: Sequence[TrainGroup]) -> Columns[Floats]:
     """Columns of the groups' samples in packing order. A column is present for all samples or for none."""
     samples = [s for g in groups for s in g.samples]
 

@@ -60,18 +60,28 @@ class PackedBatch:
         return len(self.token_ids)
 
     def key_copies(self) -> Ints:
-        """(T, c) places of each flat token among the K gathered keys, filled up with K; c is the largest number."""
-        count = np.bincount(self.key_index, minlength=self.tokens)
-        order = np.argsort(self.key_index, kind="stable")
-        flat = self.key_index[order]
-        nth = np.arange(len(order)) - (np.cumsum(count) - count)[flat]
-        copies = np.full((self.tokens, int(count.max(initial=0))), len(order), dtype=np.int64)
-        copies[flat, nth] = order
-        return copies
+        """(T, c) places of each flat token among the K gathered keys. See `copies_of`."""
+        return copies_of(self.key_index, self.tokens)
+
+    def predict_copies(self) -> Ints:
+        """(T, c) places of each flat token among the N predicting positions. See `copies_of`."""
+        return copies_of(self.predict_index, self.tokens)
 
     @property
     def computed_patches(self) -> int:
         return sum(t * h * w for t, h, w in self.image_grids)
+
+
+def copies_of(index: Ints, rows: int) -> Ints:
+    """(rows, c) the places at which each of `rows` values stands in `index` (K,), filled up with K; c is the largest
+    number of places, at least 1."""
+    count = np.bincount(index, minlength=rows)
+    order = np.argsort(index, kind="stable")
+    value = index[order]
+    nth = np.arange(len(order)) - (np.cumsum(count) - count)[value]
+    copies = np.full((rows, max(1, int(count.max(initial=0)))), len(order), dtype=np.int64)
+    copies[value, nth] = order
+    return copies
 
 
 class _Builder:

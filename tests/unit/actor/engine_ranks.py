@@ -20,7 +20,7 @@ from verl.packing.columns import columns
 from verl.packing.layout import pack
 from verl.protocol import TrainGroup
 from verl.workers.actor.engine import PackedRunner, ShardSpec, TrainEngine, shard
-from verl.workers.actor.objective import PolicyObjective
+from verl.workers.actor.objective import Metrics, PolicyObjective
 from verl.workers.actor.optim import OptimSpec
 from verl.workers.runtime import build_mesh
 
@@ -111,10 +111,10 @@ class Recorder(TrainEngine):
 
     found: dict[str, Tensor]
 
-    def _apply(self) -> dict[str, float]:
+    def _apply(self, metrics: Metrics) -> dict[str, float]:
         self.found = gradients(self.policy)
         self.optimizer.zero_grad(set_to_none=True)
-        return {}
+        return {name: float(value) for name, value in metrics.items()}
 
 
 def frozen(policy: Policy) -> Policy:
@@ -122,9 +122,12 @@ def frozen(policy: Policy) -> Policy:
     return policy
 
 
-def recorder(policy: Policy, *, fsdp_size: int = -1) -> Recorder:
-    sharded = shard(policy, build_mesh("cpu", fsdp_size), FP32)
-    return Recorder(PackedRunner(sharded, patch_source(), torch.device("cpu"), TEMPERATURE), SPEC)
+def recorder(policy: Policy, *, fsdp_size: int = -1, gathered: bool = False) -> Recorder:
+    spec = dataclasses.replace(FP32, reshard_after_forward=not gathered)
+    sharded = shard(policy, build_mesh("cpu", fsdp_size), spec)
+    runner = PackedRunner(sharded, patch_source(), torch.device("cpu"), TEMPERATURE)
+    runner.pack_ahead = gathered
+    return Recorder(runner, SPEC)
 
 
 def response_tokens(groups: Sequence[TrainGroup]) -> int:
@@ -145,7 +148,8 @@ def expected(policy: Policy) -> dict[str, Tensor]:
 def run_cuts(rank: int, world: int, model: str, out: str, names: Sequence[str], fsdp_size: int, variant: str) -> None:
     """Every cut on one engine; each rank writes its metric sums, rank 0 the gradients too."""
     policy = open_policy(Path(model), checkpointing=variant == "checkpointed")
-    engine = recorder(frozen(policy) if variant == "frozen" else policy, fsdp_size=fsdp_size)
+    policy = frozen(policy) if variant == "frozen" else policy
+    engine = recorder(policy, fsdp_size=fsdp_size, gathered=variant == "gathered")
     groups = mini_batch(policy)
     if variant == "checkpointed":
         verl.models.policy.response_stats = functools.partial(response_stats, chunk=3)

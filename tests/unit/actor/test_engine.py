@@ -12,6 +12,7 @@ import pytest
 import torch
 from model_fixtures import open_policy, patch_source
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 
 from verl.models.policy import Policy, load_policy
@@ -215,6 +216,27 @@ def test_a_sharded_bf16_forward_is_bit_equal_to_the_samplers(tiny_folder: Path) 
     run = TrainEngine(PackedRunner(sharded, patch_source(), torch.device("cpu"), ranks.TEMPERATURE), ranks.SPEC)
     assert step(run, groups)["skipped"] == 0.0
     assert all(p.dtype == torch.float32 for p in sharded.parameters()), "master weights stay fp32"
+
+
+def test_log_probs_leave_no_gathered_weights_behind(policy: Policy) -> None:
+    """Else a checkpoint or a sync right after would read the copy in the computing precision."""
+    spec = dataclasses.replace(ranks.FP32, reshard_after_forward=False)
+    sharded = shard(policy, build_mesh("cpu", -1), spec)
+    PackedRunner(sharded, patch_source(), torch.device("cpu"), ranks.TEMPERATURE).log_probs([ranks.mini_batch(policy)])
+    whole = [name for name, p in sharded.named_parameters() if not isinstance(p, DTensor)]
+    assert whole == []
+
+
+def test_packing_ahead_gives_the_same_micro_batches_in_order(policy: Policy) -> None:
+    runner = PackedRunner(policy, patch_source(), torch.device("cpu"), ranks.TEMPERATURE)
+    plan = [[g] for g in ranks.mini_batch(policy)] + [[]]
+    plain = list(runner.micro_batches(plan))
+    runner.pack_ahead = True
+    ahead = list(runner.micro_batches(plan))
+    assert [m.groups for m in ahead] == [m.groups for m in plain] and len(ahead) == 5
+    for one, other in zip(ahead, plain, strict=True):
+        assert torch.equal(one.inputs.token_ids, other.inputs.token_ids)
+        assert torch.equal(one.columns.weights, other.columns.weights)
 
 
 def test_the_filler_weighs_nothing_and_draws_an_allowed_id(policy: Policy) -> None:

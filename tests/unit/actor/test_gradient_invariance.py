@@ -42,7 +42,11 @@ def test_the_expected_gradient_reaches_every_parameter(expected: dict[str, Tenso
     assert all(name.endswith("k_proj.bias") for name in dead), dead
 
 
-@pytest.mark.parametrize("variant", ["plain", "frozen", "checkpointed"])
+VARIANTS = ("plain", "frozen", "checkpointed", "gathered")
+"""gathered: weights stay gathered between micro-batches, which are packed ahead in a thread."""
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_cut_gives_the_same_gradient_on_one_rank(
     variant: str, alone: None, tiny_folder: Path, tmp_path: Path, expected: dict[str, Tensor], monkeypatch
 ) -> None:
@@ -55,12 +59,12 @@ def test_every_cut_gives_the_same_gradient_on_two_ranks(
     tiny_folder: Path, tmp_path: Path, expected: dict[str, Tensor]
 ) -> None:
     on_ranks(2, run_all_variants, str(tiny_folder), str(tmp_path))
-    for variant in ("plain", "frozen", "checkpointed"):
+    for variant in VARIANTS:
         check(tmp_path, 2, expected, variant)
 
 
 def run_all_variants(rank: int, world: int, model: str, out: str) -> None:
-    for variant in ("plain", "frozen", "checkpointed"):
+    for variant in VARIANTS:
         ranks.run_cuts(rank, world, model, out, list(ranks.CUTS), -1, variant)
 
 

@@ -5,12 +5,14 @@ Invariants
   denominators, and because FSDP2 averages gradients over ranks, the loss is multiplied by the world size.
 - Every rank runs the same number of forwards and backwards; an empty micro-batch is a filler of weight 0.
 - A step with a non-finite gradient changes nothing and is counted.
+- A step waits for the device once, when its metrics and the gradient's norm are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -21,11 +23,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from verl.models.policy import ModelInputs, Policy, make_inputs
-from verl.packing.columns import columns
+from verl.models.transfer import to_device
+from verl.packing.columns import Columns, columns
 from verl.packing.layout import pack
 from verl.protocol import LogProbs, Prompt, TrainGroup, TrainSample
 from verl.utils.dataset.patches import PatchSource
-from verl.workers.actor.objective import Objective, merge_metrics
+from verl.workers.actor.objective import Metrics, Objective, merge_on_device
 from verl.workers.actor.offload import OptimizerOffload
 from verl.workers.actor.optim import OptimSpec, build_optimizer, lr_factor
 
@@ -38,6 +41,8 @@ class ShardSpec:
     reduce_dtype: torch.dtype
     offload: bool
     reshard_after_forward: bool = True
+    """False keeps the gathered weights from the first micro-batch of a step to the backward of its last: one gather a
+    step instead of two a micro-batch, for a whole copy in `param_dtype` on every rank."""
 
 
 def shard(policy: Policy, mesh: DeviceMesh, spec: ShardSpec) -> Policy:
@@ -54,7 +59,15 @@ def shard(policy: Policy, mesh: DeviceMesh, spec: ShardSpec) -> Policy:
     for block in (*policy.hf.model.visual.blocks, *policy.hf.model.language_model.layers):
         fully_shard(block, **options)
     fully_shard(policy, **options)
+    policy.keep_gathered = not spec.reshard_after_forward
     return policy
+
+
+def reshard(policy: Policy) -> None:
+    """Drop gathered weights that a forward without a backward has left."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def filler_group(token_id: int) -> TrainGroup:
@@ -68,6 +81,15 @@ def filler_group(token_id: int) -> TrainGroup:
     return TrainGroup(prompt, (TrainSample(-1, ids, zero, ref_log_probs=zero),))
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Groups (a filler where the plan has none) and what they are on the device."""
+
+    groups: Sequence[TrainGroup]
+    inputs: ModelInputs
+    columns: Columns[Tensor]
+
+
 class PackedRunner:
     """Runs a policy over micro-batches of groups: packing, pixels, device transfer."""
 
@@ -78,6 +100,8 @@ class PackedRunner:
         self.temperature = temperature
         config = policy.config
         self._image_token, self._merge = config.image_token_id, config.vision_config.spatial_merge_size
+        self.pack_ahead = device.type == "cuda"
+        """Pack a micro-batch in a thread while the device computes the one before."""
         self._filler = [filler_group(int((~policy.banned).int().argmax()))]  # 0 times a banned id's -inf is nan
 
     def inputs(self, groups: Sequence[TrainGroup]) -> ModelInputs:
@@ -87,17 +111,45 @@ class PackedRunner:
     def filled(self, groups: Sequence[TrainGroup]) -> Sequence[TrainGroup]:
         return groups or self._filler
 
+    def micro_batches(self, plan: Sequence[Sequence[TrainGroup]]) -> Iterator[MicroBatch]:
+        """Every micro-batch of the plan on the device, in order."""
+        if not self.pack_ahead:
+            yield from map(self._micro_batch, plan)
+            return
+        place = torch.cuda.current_device() if self.device.type == "cuda" else None
+        start = (lambda: None) if place is None else (lambda: torch.cuda.set_device(place))
+        with ThreadPoolExecutor(1, "pack", initializer=start) as pool:
+            coming = pool.submit(self._micro_batch, plan[0]) if plan else None
+            for number in range(1, len(plan) + 1):
+                assert coming is not None
+                ready = coming.result()
+                coming = pool.submit(self._micro_batch, plan[number]) if number < len(plan) else None
+                yield ready
+
+    def _micro_batch(self, groups: Sequence[TrainGroup]) -> MicroBatch:
+        groups = self.filled(groups)
+        return MicroBatch(groups, self.inputs(groups), self._columns(groups))
+
+    def _columns(self, groups: Sequence[TrainGroup]) -> Columns[Tensor]:
+        found = {field.name: getattr(columns(groups), field.name) for field in fields(Columns)}
+        present = {name: value for name, value in found.items() if value is not None}
+        moved = dict(zip(present, to_device(list(present.values()), self.device), strict=True))
+        return Columns(**{name: moved.get(name) for name in found})
+
     @torch.no_grad()
     def log_probs(self, micro_batches: Sequence[Sequence[TrainGroup]]) -> dict[int, LogProbs]:
         """Log-probs (R,) of every sample, by sample index."""
-        found: dict[int, LogProbs] = {}
-        for groups in map(self.filled, micro_batches):
-            stats = self.policy(self.inputs(groups), temperature=self.temperature)
-            samples = [s for g in groups for s in g.samples]
-            bounds = np.cumsum([len(s.token_ids) for s in samples])[:-1]
-            parts = np.split(stats.log_probs.float().cpu().numpy(), bounds)
-            found |= {s.index: part for s, part in zip(samples, parts, strict=True) if s.index >= 0}
-        return found
+        if not micro_batches:
+            return {}
+        samples: list[TrainSample] = []
+        made: list[Tensor] = []
+        for micro in self.micro_batches(micro_batches):
+            made.append(self.policy(micro.inputs, temperature=self.temperature, with_entropy=False).log_probs)
+            samples += [s for g in micro.groups for s in g.samples]
+        reshard(self.policy)
+        bounds = np.cumsum([len(s.token_ids) for s in samples])[:-1]
+        parts = np.split(torch.cat(made).float().cpu().numpy(), bounds)
+        return {s.index: part for s, part in zip(samples, parts, strict=True) if s.index >= 0}
 
 
 class TrainEngine:
@@ -126,21 +178,18 @@ class TrainEngine:
             self.skipped += 1
             return {"grad_norm": 0.0, "lr": self.spec.lr * lr_factor(self.steps - 1, self.spec), "skipped": 1.0}
         world = dist.get_world_size()
-        pending: list[dict[str, Tensor]] = []
-        for number, groups in enumerate(micro_batches):
-            self._sync_gradients(number == len(micro_batches) - 1)
-            filled = self.runner.filled(groups)
+        pending: list[Metrics] = []
+        for number, micro in enumerate(self.runner.micro_batches(micro_batches)):
+            self._last_micro_batch(number == len(micro_batches) - 1)
             stats = self.policy(
-                self.runner.inputs(filled),
-                temperature=self.runner.temperature,
-                entropy_grad=objective.needs_entropy_grad,
+                micro.inputs, temperature=self.runner.temperature, entropy_grad=objective.needs_entropy_grad
             )
-            loss, metrics = objective(stats, columns(filled), 1.0 / tokens)
+            loss, metrics = objective(stats, micro.columns, 1.0 / tokens)
             (loss * world).backward()
-            if groups:
+            if micro_batches[number]:
                 pending.append(metrics)
-        sums = [{name: float(value) for name, value in metrics.items()} for metrics in pending]
-        return merge_metrics([dict.fromkeys(objective.metric_names, 0.0), *sums]) | self._apply()
+        found = self._apply(merge_on_device(pending))
+        return dict.fromkeys(objective.metric_names, 0.0) | found
 
     def clock(self) -> dict[str, int]:
         """What a checkpoint must remember beside tensors."""
@@ -149,26 +198,31 @@ class TrainEngine:
     def set_clock(self, clock: dict[str, int]) -> None:
         self.steps, self.skipped = clock["steps"], clock["skipped"]
 
-    def _sync_gradients(self, last: bool) -> None:
-        """Reduce gradients once a mini-batch, in the backward of its last micro-batch."""
+    def _last_micro_batch(self, last: bool) -> None:
+        """Reduce gradients, and drop weights that were kept gathered, in the backward of the last micro-batch alone."""
         if isinstance(self.policy, FSDPModule):
             self.policy.set_requires_gradient_sync(last)
+            self.policy.set_reshard_after_backward(last or not self.policy.keep_gathered)
 
-    def _apply(self) -> dict[str, float]:
+    def _apply(self, metrics: Metrics) -> dict[str, float]:
+        """Clip, read the metrics and the norm, and step unless the norm is not finite."""
         lr = self.spec.lr * lr_factor(self.steps, self.spec)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         limit = self.spec.clip_grad if self.spec.clip_grad > 0 else float("inf")
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        finite = np.isfinite(norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # Values come back together: every single one would be a wait for the device.
+        values = torch.stack([*metrics.values(), norm.to(self.runner.device).double()]).tolist()
+        found = dict(zip((*metrics, "grad_norm"), values, strict=True))
+        finite = np.isfinite(found["grad_norm"])
         if finite:
             self.optimizer.step()
         else:
             self.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        return {"grad_norm": norm, "lr": lr, "skipped": 0.0 if finite else 1.0}
+        return found | {"lr": lr, "skipped": 0.0 if finite else 1.0}
 
 
 def full_parameters(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -5,9 +5,9 @@ Metric sums add up over micro-batches and ranks. `*_max` are combined by maximum
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Objective(Protocol):
     needs_entropy_grad: bool
     metric_names: tuple[str, ...]
 
-    def __call__(self, stats: TokenStats, columns: Columns, share: float) -> tuple[Tensor, Metrics]: ...
+    def __call__(self, stats: TokenStats, columns: Columns[Any], share: float) -> tuple[Tensor, Metrics]: ...
 
 
 def merge_metrics(parts: list[Mapping[str, float]]) -> dict[str, float]:
@@ -41,6 +41,18 @@ def merge_metrics(parts: list[Mapping[str, float]]) -> dict[str, float]:
     return merged
 
 
+def merge_on_device(parts: Sequence[Metrics]) -> Metrics:
+    """As `merge_metrics`, in fp64, without reading a value back to the host."""
+    by_name: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for name, value in part.items():
+            by_name.setdefault(name, []).append(value.double())
+    return {
+        name: torch.stack(values).amax() if name.endswith("_max") else torch.stack(values).sum()
+        for name, values in by_name.items()
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class SFTObjective:
     """Negative log-likelihood of the given answers."""
@@ -48,8 +60,8 @@ class SFTObjective:
     needs_entropy_grad: bool = False
     metric_names: tuple[str, ...] = ("loss", "entropy")
 
-    def __call__(self, stats: TokenStats, columns: Columns, share: float) -> tuple[Tensor, Metrics]:
-        weights = torch.from_numpy(columns.weights).to(stats.log_probs.device)
+    def __call__(self, stats: TokenStats, columns: Columns[Any], share: float) -> tuple[Tensor, Metrics]:
+        weights = torch.as_tensor(columns.weights, device=stats.log_probs.device)
         loss = -(weights * stats.log_probs).sum()
         return loss, {"loss": loss.detach(), "entropy": stats.entropy.detach().sum() * share}
 
@@ -76,11 +88,11 @@ class PolicyObjective:
         names = ("pg_loss", "pg_clipfrac", "pg_clipfrac_lower", "ppo_kl", "entropy", "entropy_loss")
         return names + (("kl_loss",) if self.kl_coef else ())
 
-    def __call__(self, stats: TokenStats, columns: Columns, share: float) -> tuple[Tensor, Metrics]:
+    def __call__(self, stats: TokenStats, columns: Columns[Any], share: float) -> tuple[Tensor, Metrics]:
         device = stats.log_probs.device
 
         def tensor(x: object) -> Tensor:
-            return torch.from_numpy(x).to(device, non_blocking=True)
+            return torch.as_tensor(x, device=device)
 
         weights = tensor(columns.weights)
         old = stats.log_probs.detach() if columns.old_log_probs is None else tensor(columns.old_log_probs)
@@ -131,5 +143,5 @@ def _sampler_mismatch(log_probs: Tensor, rollout: Tensor, share: float) -> Metri
         "rollout_probs_diff_max": difference.max(),
         "rollout_kl_sum": -log_ratio.sum(),
         "rollout_k3_sum": (log_ratio.clamp(-20, 20).exp() - 1 - log_ratio).sum(),
-        "rollout_tokens": torch.tensor(float(len(log_probs)), device=log_probs.device),
+        "rollout_tokens": log_probs.new_full((), float(len(log_probs))),
     }
