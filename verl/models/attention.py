@@ -1,11 +1,12 @@
-"""One attention function for the whole model, registered with transformers under `IMPLEMENTATION`.
+"""How the layers of `verl.models.layers` attend.
 
-The text layers hand over an `AttentionPlan` (a keyword that travels through the layers, so activation checkpointing
-captures it). The vision tower hands over `cu_seq_lens_q`, because the registered name contains `flash`.
+The text layers get an `AttentionPlan` (a keyword that travels through the layers, so activation checkpointing captures
+it), the vision tower the bounds of its segments. Half precision on CUDA uses the kernel of `verl.models.varlen`; fp32,
+for which there is none, and the CPU use SDPA with one explicit mask per group, because SDPA's own `is_causal` aligns a
+short query to the start of a longer key.
 
-Run on transformers 5.17; the name rule is `is_flash_attention_requested` there. Half precision on CUDA uses the kernel
-of `verl.models.varlen`; fp32, for which there is none, and the CPU use SDPA with one explicit mask per group, because
-SDPA's own `is_causal` aligns a short query to the start of a longer key.
+`IMPLEMENTATION` is the name under which transformers knows this. It contains `flash`, so that the library makes no mask
+and passes the longest segment on (`is_flash_attention_requested` in transformers 5.17).
 """
 
 from __future__ import annotations
@@ -149,25 +150,8 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_l
     return out[None]
 
 
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    plan: AttentionPlan | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The function transformers calls. Exactly one of `plan` (text) and `cu_seq_lens_q` (vision) is set."""
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if plan is not None:
-        return plan.attend(module.layer_idx, query, key, value, scale), None
-    assert cu_seq_lens_q is not None, f"{type(module).__name__} was called without an attention plan"
-    assert max_length_q is not None or query.device.type == "cpu", "the vision plan must state its longest segment"
-    return segment_attention(query, key, value, cu_seq_lens_q, max_length_q or 0, scale), None
+def _no_dispatch(module: nn.Module, *_: Any, **__: Any) -> None:
+    raise AssertionError(f"{type(module).__name__} was not replaced by a layer of verl.models.layers")
 
 
-ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, packed_attention)
+ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _no_dispatch)

@@ -1,4 +1,4 @@
-"""Norm and gated activation of Qwen2.5-VL with fewer passes over memory, and fewer activations kept.
+"""Norm, rotation, attention and gated activation of Qwen2.5-VL with fewer passes over memory and fewer kernels.
 
 The modules keep their names and parameters; only their forward is another. In fp32 the results are those of the
 library up to rounding. Touches transformers internals; run on transformers 5.17.
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
+
+from verl.models.attention import AttentionPlan, segment_attention
 
 
 class _GatedSilu(torch.autograd.Function):
@@ -34,6 +36,93 @@ class _GatedSilu(torch.autograd.Function):
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, all of one shape."""
     return _GatedSilu.apply(gate, up)
+
+
+class _Rotate(torch.autograd.Function):
+    """x cos + rotate_half(x) sin, of which nothing is kept but the angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, signed_sin)
+        return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), signed_sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, signed_sin = ctx.saved_tensors
+        return (grad * cos).add_((grad * signed_sin).roll(grad.shape[-1] // 2, -1)), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotary embedding of x (.., d) by angles that broadcast to it. See `signed` for the sine."""
+    return _Rotate.apply(x, cos, signed_sin)
+
+
+def signed(sin: Tensor) -> Tensor:
+    """The sine (.., d) of the library with its first half negated: rotate_half is then a plain roll."""
+    half = sin.shape[-1] // 2
+    return torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+
+class SignedRotaryEmbedding(qwen.Qwen2_5_VLRotaryEmbedding):
+    """Cosine and `signed` sine of the text positions, made once for all layers."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = super().forward(x, position_ids)
+        return cos, signed(sin)
+
+
+class SignedVisionRotaryEmbedding(qwen.Qwen2_5_VLVisionRotaryEmbedding):
+    """The same of the patches' rows and columns."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = super().forward(x, position_ids)
+        return cos, signed(sin)
+
+
+class PackedAttention(qwen.Qwen2_5_VLAttention):
+    """Attention of the text layers by an `AttentionPlan` (see `verl.models.attention`)."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        plan: AttentionPlan | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        assert plan is not None, f"{type(self).__name__} was called without an attention plan"
+        assert position_embeddings is not None and past_key_values is None
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (project(hidden_states).view(heads).transpose(1, 2) for project in projections)
+        angles = [x[:, None] for x in position_embeddings]
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        out = plan.attend(self.layer_idx, q, k, v, self.scaling)
+        return self.o_proj(out.reshape(hidden_states.shape)), None
+
+
+class SegmentAttention(qwen.Qwen2_5_VLVisionAttention):
+    """Attention of the vision tower inside segments; queries and keys are rotated together, in fp32."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        max_seqlen: int | None = None,
+        **_: Any,
+    ) -> Tensor:
+        assert position_embeddings is not None
+        assert max_seqlen is not None or cu_seqlens.device.type == "cpu", "the plan must state its longest segment"
+        qkv = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
+        angles = [x[:, None, None].float() for x in position_embeddings]
+        rotated = rotate(qkv[:, :2].float(), *angles).to(qkv.dtype)
+        q, k, v = (x.transpose(0, 1)[None] for x in (rotated[:, 0], rotated[:, 1], qkv[:, 2]))
+        out = segment_attention(q, k, v, cu_seqlens, max_seqlen or 0, self.scaling)
+        return self.proj(out.reshape(hidden_states.shape))
 
 
 class FusedRMSNorm(qwen.Qwen2_5_VLRMSNorm):
@@ -61,11 +150,15 @@ _REPLACED = {
     qwen.Qwen2_5_VLRMSNorm: FusedRMSNorm,
     qwen.Qwen2MLP: GatedMLP,
     qwen.Qwen2_5_VLMLP: GatedVisionMLP,
+    qwen.Qwen2_5_VLRotaryEmbedding: SignedRotaryEmbedding,
+    qwen.Qwen2_5_VLVisionRotaryEmbedding: SignedVisionRotaryEmbedding,
+    qwen.Qwen2_5_VLAttention: PackedAttention,
+    qwen.Qwen2_5_VLVisionAttention: SegmentAttention,
 }
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Give every norm and MLP of a Qwen2.5-VL the forwards of this module, in place.
+    """Give every norm, attention and MLP of a Qwen2.5-VL the forwards of this module, in place.
 
     Raises ValueError for an activation that is not silu.
     """

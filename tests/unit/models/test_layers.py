@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 
-from verl.models.layers import FusedRMSNorm, GatedMLP, GatedVisionMLP, fuse_layers, gated_silu
+from verl.models import layers
+from verl.models.layers import FusedRMSNorm, GatedMLP, GatedVisionMLP, fuse_layers, gated_silu, rotate, signed
 from verl.models.policy import Policy
 
 
@@ -39,10 +40,18 @@ def test_values_and_gradients_are_the_librarys(name: str) -> None:
         torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
-def test_every_norm_and_mlp_of_a_policy_is_replaced(shared_policy: Policy) -> None:
+def test_every_layer_of_a_policy_that_has_a_replacement_is_replaced(shared_policy: Policy) -> None:
     kinds = {type(m) for m in shared_policy.hf.modules()}
-    assert kinds >= {FusedRMSNorm, GatedMLP, GatedVisionMLP}
-    assert not kinds & {qwen.Qwen2_5_VLRMSNorm, qwen.Qwen2MLP, qwen.Qwen2_5_VLMLP}
+    assert kinds >= set(layers._REPLACED.values()) and not kinds & set(layers._REPLACED)
+
+
+def test_the_rotation_is_the_librarys_and_its_gradient_is_right() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, angles = (torch.randn(3, 5, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    angles = torch.cat([angles[..., :4]] * 2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    torch.testing.assert_close(rotate(x, cos, signed(sin)), x * cos + qwen.rotate_half(x) * sin)
+    assert torch.autograd.gradcheck(lambda y: rotate(y, cos, signed(sin)), x.requires_grad_())
 
 
 def test_the_gated_activation_keeps_its_two_inputs_and_nothing_else() -> None:
