@@ -79,6 +79,11 @@ def _sizes(config: PPOConfig) -> Problems:
     if rollout.name == "vllm" and tp > 0 and trainer.n_gpus_per_node % tp:
         gpus = f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}"
         yield f"{_ROLLOUT}.tensor_model_parallel_size={tp} does not divide {gpus}"
+    if rollout.name == "vllm" and tp > 1 and trainer.device == "cpu":
+        yield f"{_ROLLOUT}.tensor_model_parallel_size={tp}: vLLM on CPU runs as one process here; set it to 1"
+    if rollout.cudagraph_capture_sizes is not None and min(rollout.cudagraph_capture_sizes, default=0) < 1:
+        sizes = list(rollout.cudagraph_capture_sizes)
+        yield f"{_ROLLOUT}.cudagraph_capture_sizes={sizes} must be batch sizes of at least 1, or null"
     for own, key in (("prompt_length", "max_prompt_length"), ("response_length", "max_response_length")):
         if getattr(rollout, own) != getattr(data, key):
             yield f"{_ROLLOUT}.{own}={getattr(rollout, own)} follows data.{key}={getattr(data, key)}; set data.{key}"

@@ -30,6 +30,15 @@ _VLLM_ONLY = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "disable_log_stats",
+    "cudagraph_capture_sizes",
+    "engine_kwargs.",
+)
+_VLLM_ON_GPU = (
+    "gpu_memory_utilization",
+    "enforce_eager",
+    "free_cache_engine",
+    "load_format",
+    "cudagraph_capture_sizes",
 )
 
 
@@ -73,6 +82,10 @@ def _engine(config: PPOConfig) -> Inert:
             yield f"{_ROLLOUT}.{name}", f"{_ROLLOUT}.name=hf does not use it"
     else:
         yield f"{_ROLLOUT}.hf_batch_size", f"{_ROLLOUT}.name={rollout.name} does not use it"
+        for name in _VLLM_ON_GPU if config.trainer.device == "cpu" else ():
+            yield f"{_ROLLOUT}.{name}", "trainer.device=cpu has neither GPU memory nor CUDA graphs"
+        if rollout.enforce_eager:
+            yield f"{_ROLLOUT}.cudagraph_capture_sizes", f"{_ROLLOUT}.enforce_eager=True captures no graphs"
     if config.actor_rollout_ref.hybrid_engine:
         reason = "actor_rollout_ref.hybrid_engine=True puts the rollout on the actor's GPUs"
         yield f"{_ROLLOUT}.nnodes", reason

@@ -130,7 +130,6 @@ PPO_RULES: dict[str, Rule] = {
     "actor_rollout_ref.rollout.mode": missing("sync"),
     "actor_rollout_ref.rollout.calculate_log_probs": warn("the sampler's log-probs are always kept", True),
     "actor_rollout_ref.rollout.logprobs_mode": missing("processed_logprobs"),
-    "actor_rollout_ref.rollout.cudagraph_capture_sizes": missing(None),
     "actor_rollout_ref.rollout.enable_prefix_caching": missing(False),
     "actor_rollout_ref.rollout.engine_kwargs.*": missing(None),
     "actor_rollout_ref.rollout.checkpoint_engine.*": missing(),

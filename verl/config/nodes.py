@@ -186,6 +186,14 @@ class CheckpointEngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineKwargsConfig:
+    """Arguments of an engine that have no key of their own."""
+
+    vllm: Mapping[str, Any]
+    """vllm: further fields of its EngineArgs, as they are; what answers mean stays the program's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutConfig:
     """The engine that writes the answers."""
 
@@ -233,6 +241,9 @@ class RolloutConfig:
     """vllm: tokens of one engine step."""
     disable_log_stats: bool
     """vllm: no statistics lines."""
+    cudagraph_capture_sizes: tuple[int, ...] | None
+    """vllm: batch sizes with a CUDA graph; null: a handful up to the largest batch of a step."""
+    engine_kwargs: EngineKwargsConfig
     nnodes: int
     """Split placement only: nodes of the rollout engines."""
     n_gpus_per_node: int

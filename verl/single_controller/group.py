@@ -79,9 +79,9 @@ class WorkerGroup:
         refs = [s.build.remote(factory, *args) for s, args in zip(self.shells, per_rank, strict=True)]
         self._collect("start", refs)
 
-    def rendezvous(self) -> tuple[str, int]:
-        """Address of rank 0 for torch.distributed."""
-        return self._collect("address", [self.shells[0].address.remote()])[0]
+    def rendezvous(self, rank: int = 0) -> tuple[str, int]:
+        """Address of a rank for torch.distributed."""
+        return self._collect("address", [self.shells[rank].address.remote()])[0]
 
     def pids(self) -> list[int]:
         return self._collect("pid", [s.pid.remote() for s in self.shells])

@@ -52,8 +52,6 @@ class Trainer:
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
-        if config.actor_rollout_ref.rollout.name == "vllm":
-            raise ValueError("actor_rollout_ref.rollout.name=vllm is not implemented yet: use hf")
         root = Path(config.trainer.default_local_dir)
         self.run_dir = root / "eval" if config.trainer.val_only else root
         self.data: RunData = load_run_data(config)

@@ -35,7 +35,9 @@ class Workers:
     def __post_init__(self) -> None:
         if self.actor_group is not None:
             self.actors = Actors(self.actor_group, self.config)
-        self.rollouts = Rollouts(self.rollout_group)
+        rollout = self.config.actor_rollout_ref.rollout
+        tp = rollout.tensor_model_parallel_size if rollout.name == "vllm" else 1
+        self.rollouts = Rollouts(self.rollout_group, tp)
         self._weights: WeightSync | None = None
 
     @property
@@ -108,7 +110,7 @@ def start_workers(
     try:
         if actors:
             workers.actors.build(config, resources, stores, optimizer_steps)
-        workers.rollouts.build(config, stores)
+        workers.rollouts.build(config, stores, waits_for_weights=actors)
         if actors:
             workers.connect()
         started = [f"{g.name} pid {_listed(g.pids())}" for g in workers.groups]

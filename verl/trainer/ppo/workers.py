@@ -18,7 +18,7 @@ from verl.workers.actor.objective import merge_metrics
 from verl.workers.actor.worker import ActorWorker, MiniBatch
 from verl.workers.rollout.base import Sampling
 from verl.workers.rollout.forward import Sink
-from verl.workers.rollout.worker import RolloutWorker
+from verl.workers.rollout.worker import Place, RolloutWorker
 
 # What a patch costs beside a text token of the same forward: 0.67e9 tower against 2.8e9 text parameters at the 3B.
 PATCH_WEIGHT = 0.24
@@ -94,27 +94,37 @@ class Actors:
 
 
 class Rollouts:
-    """Engine replicas; each serves a share of the prompts."""
+    """Engine replicas; each serves a share of the prompts. An engine of tensor-parallel size t is t ranks side by side:
+    all get its share, the first returns the answers."""
 
-    def __init__(self, group: WorkerGroup) -> None:
+    def __init__(self, group: WorkerGroup, ranks_per_engine: int) -> None:
+        assert group.size % ranks_per_engine == 0, f"{group.size} ranks, engines of {ranks_per_engine}"
         self.group = group
+        self.ranks_per_engine = ranks_per_engine
+        self.engines = group.size // ranks_per_engine
 
-    def build(self, config: PPOConfig, stores: Sequence[Path]) -> None:
-        self.group.build(RolloutWorker, [(config, stores)] * self.group.size)
+    def build(self, config: PPOConfig, stores: Sequence[Path], *, waits_for_weights: bool) -> None:
+        """`waits_for_weights`: an actor will send them before the first answer."""
+        size = self.ranks_per_engine
+        firsts = range(0, self.group.size, size)
+        addresses = {first: self.group.rendezvous(first) if size > 1 else None for first in firsts}
+        places = [
+            Place(self.engines, rank % size, size, addresses[rank - rank % size]) for rank in range(self.group.size)
+        ]
+        self.group.build(RolloutWorker, [(config, stores, place, waits_for_weights) for place in places])
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int, sink: Sink | None = None
     ) -> list[list[Response]]:
         """`sampling.n` answers for each prompt, in the order of `prompts`; each goes to `sink` as soon as it ends."""
-        shares = np.array_split(np.arange(len(prompts)), self.group.size)
+        shares = np.array_split(np.arange(len(prompts)), self.engines)
         firsts = np.cumsum([0, *map(len, shares)])[:-1]
-        parts = self.group.each(
-            "generate",
-            [
-                ([prompts[i] for i in share], sampling, step, sink, int(first))
-                for share, first in zip(shares, firsts, strict=True)
-            ],
-        )
+        arguments = []
+        for rank in range(self.group.size):
+            engine, tp_rank = divmod(rank, self.ranks_per_engine)
+            own = [prompts[i] for i in shares[engine]]
+            arguments.append((own, sampling, step, sink if tp_rank == 0 else None, int(firsts[engine])))
+        parts = self.group.each("generate", arguments)[:: self.ranks_per_engine]
         return [answers for part in parts for answers in part]
 
 

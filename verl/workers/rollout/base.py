@@ -83,6 +83,16 @@ class RolloutEngine(Protocol):
         ...
 
 
+def answer_limits(prompts: Sequence[Prompt], sampling: Sampling) -> NDArray[np.int64]:
+    """(G,) longest answer to each prompt. Raises ValueError naming a prompt that leaves no room for one."""
+    lengths = np.array([len(prompt.token_ids) for prompt in prompts], dtype=np.int64)
+    limits = np.minimum(sampling.max_tokens, sampling.max_context - lengths)
+    for prompt, limit in zip(prompts, limits, strict=True):
+        if limit < 1:
+            raise ValueError(f"{prompt.uid}: a prompt of {len(prompt.token_ids)} tokens leaves no room to answer")
+    return limits
+
+
 def sampling_noise(seed: int, step: int, uid: str, answer: int, count: int) -> NDArray[np.float64]:
     """`count` uniforms in [0, 1): the noise of tokens 0..count-1 of one answer, a function of its arguments alone."""
     digest = hashlib.blake2b(f"{seed}/{step}/{uid}/{answer}".encode(), digest_size=16).digest()

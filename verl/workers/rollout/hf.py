@@ -20,7 +20,7 @@ from verl.models.policy import Policy, make_inputs
 from verl.packing.layout import PackedBatch, pack
 from verl.protocol import Prompt, Response, StopReason, TrainGroup
 from verl.utils.dataset.patches import PatchSource
-from verl.workers.rollout.base import OnFinished, RolloutEngine, Sampling, sampling_noise
+from verl.workers.rollout.base import OnFinished, RolloutEngine, Sampling, answer_limits, sampling_noise
 
 
 class HFEngine(RolloutEngine):
@@ -90,11 +90,7 @@ class HFEngine(RolloutEngine):
         batch, prefill, last = self._prefill(prompts)
         n, device = sampling.n, last.device
         ends = batch.group_bounds[1:] - 1
-        lengths = np.diff(batch.group_bounds)
-        limit = np.minimum(sampling.max_tokens, sampling.max_context - lengths)  # (G,)
-        if limit.min() < 1:
-            worst = prompts[int(limit.argmin())]
-            raise ValueError(f"{worst.uid}: a prompt of {len(worst.token_ids)} tokens leaves no room to answer")
+        limit = answer_limits(prompts, sampling)
         position = torch.from_numpy(np.repeat(_next_positions(batch, ends), n)).to(device)
         state = _Answers(prompts, sampling, step, np.repeat(limit, n), self.stop_ids.to(device))
         cache = DecodePlan(prefill, n)

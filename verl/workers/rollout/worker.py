@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +19,65 @@ from verl.utils.dataset.patches import open_patches
 from verl.workers.rollout.base import RolloutEngine, Sampling
 from verl.workers.rollout.forward import Forwarder, Sink
 from verl.workers.rollout.hf import HFEngine
+from verl.workers.rollout.vllm_engine import VLLMEngine, model_facts
+from verl.workers.rollout.vllm_plan import engine_arguments
 from verl.workers.runtime import compute_dtype, import_external, memory_metrics, resolve_device
 from verl.workers.weight_sync.receiver import WeightReceiver
 
 
-def build_engine(config: PPOConfig, stores: Sequence[Path]) -> tuple[RolloutEngine, Any]:
-    """The engine that `actor_rollout_ref.rollout.name` asks for, and the tokenizer of its model."""
+@dataclass(frozen=True)
+class Place:
+    """Where a rollout process stands among the engines of the run."""
+
+    engines: int = 1
+    """Replicas in the run."""
+    tp_rank: int = 0
+    tp_size: int = 1
+    address: tuple[str, int] | None = None
+    """Where the `tp_size` processes of this engine meet; None when it is one."""
+
+    def announce(self) -> None:
+        """Tell vLLM's `external_launcher`, which reads torchrun's variables. Every process sees one GPU, its own."""
+        if self.address is not None:
+            host, port = self.address
+            os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
+            os.environ |= {"RANK": str(self.tp_rank), "WORLD_SIZE": str(self.tp_size)}
+
+
+def build_engine(
+    config: PPOConfig, stores: Sequence[Path], place: Place, *, waits_for_weights: bool
+) -> tuple[RolloutEngine, Any]:
+    """The engine that `actor_rollout_ref.rollout.name` asks for, and the tokenizer of its model.
+
+    `waits_for_weights`: an actor will send them before the first answer.
+    """
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
-    if rollout.name != "hf":
-        raise ValueError(f"actor_rollout_ref.rollout.name={rollout.name} is not implemented yet: use hf")
     device = resolve_device(config.trainer.device)
     import_external(model.external_lib)
     folder = check_model_folder(model.path)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    spec = ImageSpec.from_pretrained(folder, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels)
+    patches = open_patches(stores, spec)
+    if rollout.name == "vllm":
+        place.announce()
+        arguments = engine_arguments(
+            config, folder=folder, spec=spec, device=device, engines=place.engines, waits_for_weights=waits_for_weights
+        )
+        facts = model_facts(folder, tokenizer, model.override_config)
+        return VLLMEngine(arguments, patches, facts, device=device), tokenizer
     policy = load_policy(
         folder, tokenizer, dtype=compute_dtype(rollout.dtype, device), overrides=model.override_config
     ).to(device)
-    patches = open_patches(stores, ImageSpec.from_pretrained(folder))
     engine = HFEngine(policy, patches, stop_ids=stop_ids(folder, tokenizer), batch_size=rollout.hf_batch_size)
     return engine, tokenizer
 
 
 class RolloutWorker:
-    """One engine replica. Its weights are those of the last transfer."""
+    """One process of an engine replica. Its weights are those of the last transfer."""
 
-    def __init__(self, config: PPOConfig, stores: Sequence[Path]) -> None:
+    def __init__(self, config: PPOConfig, stores: Sequence[Path], place: Place, waits_for_weights: bool) -> None:
         self.device = resolve_device(config.trainer.device)
-        self.engine, self.tokenizer = build_engine(config, stores)
+        self.engine, self.tokenizer = build_engine(config, stores, place, waits_for_weights=waits_for_weights)
         model = config.actor_rollout_ref.model
         shapes = parameter_shapes(check_model_folder(model.path), model.override_config)
         self.weights = WeightReceiver(self.engine, shapes, torch.device(self.device))

