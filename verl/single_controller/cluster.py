@@ -56,7 +56,6 @@ def start_ray() -> None:
 _DEFAULT_ENV = {
     "TOKENIZERS_PARALLELISM": "true",
     "NCCL_DEBUG": "WARN",
-    "VLLM_LOGGING_LEVEL": "WARN",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }

@@ -67,13 +67,14 @@ def model_facts(folder: Path, tokenizer: Any, overrides: Mapping[str, Any] | Non
 
 def set_environment(device: str) -> None:
     """Variables that vLLM reads when it is imported; those that the user has set stay."""
-    defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     if device == "cpu":
         # Threads are the launcher's business (OMP_NUM_THREADS): bound to cores, two replicas would share the first.
         defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        defaults |= {"VLLM_LOGGING_LEVEL": "ERROR"}  # its warnings there are all about speed
     else:
         # One sampler on every machine: FlashInfer's is compiled where it is first used, if a compiler is there.
-        defaults |= {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+        defaults |= {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     elsewhere = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]

@@ -70,6 +70,7 @@ def engine_arguments(
         "enforce_eager": rollout.enforce_eager or device == "cpu",
         "limit_mm_per_prompt": {"video": 0},
         "mm_processor_cache_gb": 0,
+        "use_tqdm_on_load": False,
         "mm_processor_kwargs": {"max_pixels": largest_image(spec, config.data.max_prompt_length)},
     }
     if device == "cuda":
