@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 from verl.models.attention import IMPLEMENTATION, AttentionPlan, plan_for
 from verl.models.gather import gather_rows
@@ -201,6 +201,18 @@ def check_model_folder(path: str | Path, key: str = "actor_rollout_ref.model.pat
     if kind != "qwen2_5_vl":
         raise ValueError(f"{key}={path}: model_type {kind!r} is not supported, only 'qwen2_5_vl'")
     return folder
+
+
+def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model folder. Raises ValueError naming the folder when it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{folder}: its tokenizer cannot be loaded ({reason}); copy tokenizer.json and tokenizer_config.json "
+            "of the model it was made from there"
+        ) from error
 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -28,7 +28,7 @@ from verl.trainer.ppo.metrics import (
     score_metrics,
     throughput_metrics,
 )
-from verl.trainer.ppo.scoring import Scorer, Scoring, build_reward_manager
+from verl.trainer.ppo.scoring import Scorer, Scoring, build_reward_manager, check_scorable
 from verl.trainer.ppo.validation import ValidationResult, validate
 from verl.utils.checkpoint.manager import Checkpoint, CheckpointManager
 from verl.utils.dataset.sampler import Sampler
@@ -56,8 +56,9 @@ class Trainer:
         self.run_dir = root / "eval" if config.trainer.val_only else root
         self.data: RunData = load_run_data(config)
         self.scorer = Scorer(build_reward_manager(config), self.data.tokenizer)
-        for dataset in (self.data.train, self.data.validation, self.data.test):
-            self.scorer.manager.check_prompts(dataset or ())
+        check_scorable(self.scorer.manager, config.data.train_files, self.data.train or ())
+        check_scorable(self.scorer.manager, config.data.val_files, self.data.validation)
+        check_scorable(self.scorer.manager, config.data.test_files or (), self.data.test or ())
         self.checkpoints = CheckpointManager(
             root,
             keep=config.trainer.max_actor_ckpt_to_keep,

@@ -19,17 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from verl.algorithms.aggregation import token_weights
 from verl.config import SFTConfig, load, to_dict, to_yaml
 from verl.config.cli import overrides_from
 from verl.config.derived import sft_model, sft_optim
-from verl.models.policy import check_model_folder, load_policy, stop_ids
+from verl.models.policy import check_model_folder, load_policy, open_tokenizer, stop_ids
 from verl.packing.balance import plan_mini_batch
 from verl.protocol import Prompt, Response, TrainGroup, TrainSample
 from verl.trainer.ppo.batch import response_tokens
-from verl.trainer.ppo.scoring import Scorer, build_reward_manager
+from verl.trainer.ppo.scoring import Scorer, build_reward_manager, check_scorable
 from verl.trainer.ppo.validation import ValidationResult, validate
 from verl.trainer.ppo.workers import PATCH_WEIGHT
 from verl.utils.checkpoint.manager import Checkpoint, CheckpointManager
@@ -120,7 +119,7 @@ class SFTTrainer:
         seed_draws(config.trainer.seed, 0)
         import_external(config.model.external_lib)
         self.folder = check_model_folder(config.model.partial_pretrain, "model.partial_pretrain")
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=config.model.trust_remote_code)
+        self.tokenizer = open_tokenizer(self.folder, trust_remote_code=config.model.trust_remote_code)
         self.data = load_sft_data(config, self.tokenizer, self.folder)
         data, trainer = config.data, config.trainer
         self.sampler = Sampler(len(self.data.train), seed=data.seed, shuffle=data.shuffle, drop_last=False)
@@ -128,8 +127,8 @@ class SFTTrainer:
         self.total_steps = trainer.total_training_steps or trainer.total_epochs * self.steps_per_epoch
         self.budget = data.micro_batch_size_per_gpu * data.max_length
         self.scorer = Scorer(build_reward_manager(config), self.tokenizer)
-        self.scorer.manager.check_prompts(e.prompt for e in self.data.validation)
-        self.scorer.manager.check_prompts(self.data.test or ())
+        check_scorable(self.scorer.manager, data.val_files, [e.prompt for e in self.data.validation])
+        check_scorable(self.scorer.manager, data.test_files or (), self.data.test or ())
         self.run_dir = Path(trainer.default_local_dir)
         self.checkpoints = CheckpointManager(self.run_dir, keep=trainer.max_actor_ckpt_to_keep)
         self._build_engines()

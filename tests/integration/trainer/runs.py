@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,11 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 
-from verl.utils.checkpoint.manager import MANIFEST, POINTER
+from verl.utils.checkpoint.manager import MANIFEST, POINTER, Checkpoint, verify
+from verl.utils.checkpoint.sharded import load_sharded, model_state, stored_tensors
 
 ROOT = Path(__file__).resolve().parents[3]
 PATIENCE = 300.0  # seconds for one run of a few steps on a busy machine
@@ -221,12 +225,33 @@ class Started:
     def wait(self) -> Run:
         """The finished run. Asserts that its processes end with it."""
         code = self.process.wait(timeout=PATIENCE)
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while (left := self.members()) and time.monotonic() < end:
             time.sleep(0.1)
         names = [" ".join(p.cmdline())[:100] for p in left if p.is_running()]
         assert not names, f"left behind by {self.folder.name}: {names}"
         return Run(code, self.folder, self.text)
+
+
+def loadable(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The json state of a checkpoint, all of whose files are there and load, the export with the shards' weights."""
+    verify(checkpoint)
+    assert stored_tensors(checkpoint.optimizer), f"{checkpoint.optimizer} is empty"
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint.huggingface, dtype=torch.float32)
+    stored = {name: torch.empty_like(value) for name, value in model_state(plain).items()}
+    load_sharded(checkpoint.model, stored)
+    different = [name for name, value in model_state(plain).items() if not torch.equal(value, stored[name])]
+    assert different == [], f"{checkpoint.path}: export and shards differ"
+    return checkpoint.read_data()
+
+
+def begin_at(folder: Path, run: Run, step: int) -> Path:
+    """A new run folder that holds what `run` had left when it was stopped after `step`."""
+    folder.mkdir()
+    shutil.copytree(run.checkpoint(step), folder / f"global_step_{step}")
+    (folder / POINTER).write_text(str(step))
+    shutil.copy(run.folder / "metrics.jsonl", folder)
+    return folder
 
 
 class Launcher:
@@ -236,6 +261,8 @@ class Launcher:
         self.env = {
             "RAY_TMPDIR": str(ray_dir),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Or Ray ends our workers when somebody else fills the machine's memory.
+            "RAY_memory_monitor_refresh_ms": "0",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import LONG_RUN
 from in_process import rl_here
-from runs import Data, Launcher, Run, differences, read_lines, rl_overrides
+from runs import Data, Launcher, Run, begin_at, differences, read_lines, rl_overrides
 
 PLAN = ("global_seqlen/", "perf/")
 """Metrics that tell how work was spread over ranks, and therefore depend on their number."""
@@ -39,11 +39,7 @@ def stop_after(step: int) -> list[str]:
 @pytest.fixture(scope="module")
 def resumed(work: Path, data: Data, start: Path, long_run_here: Run) -> Run:
     """Steps 4 to 6, from the checkpoint of step 3, in a folder that already holds the first three steps."""
-    folder = work / "resumed"
-    folder.mkdir()
-    shutil.copytree(long_run_here.checkpoint(3), folder / "global_step_3")
-    (folder / "latest_checkpointed_iteration.txt").write_text("3")
-    shutil.copy(long_run_here.folder / "metrics.jsonl", folder)
+    folder = begin_at(work / "resumed", long_run_here, 3)
     return rl_here(rl_overrides(data, start, folder, *LONG_RUN), folder).ok()
 
 

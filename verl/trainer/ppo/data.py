@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from verl.config import PPOConfig
-from verl.models.policy import check_model_folder
+from verl.models.policy import check_model_folder, open_tokenizer
 from verl.utils.dataset.images import ImageSpec
 from verl.utils.dataset.prompts import Truncation
 from verl.utils.dataset.rl_dataset import DatasetOptions, RLDataset, load_rl_dataset
@@ -37,7 +35,7 @@ def load_run_data(config: PPOConfig) -> RunData:
     """Read all files. Raises ValueError naming file and row, or the key to change."""
     data, model = config.data, config.actor_rollout_ref.model
     folder = check_model_folder(model.path)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    tokenizer = open_tokenizer(folder, trust_remote_code=model.trust_remote_code)
     spec = ImageSpec.from_pretrained(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
     options = DatasetOptions(
         max_prompt_length=data.max_prompt_length,

@@ -38,6 +38,14 @@ def build_reward_manager(config: PPOConfig | SFTConfig) -> RewardManager:
     )
 
 
+def check_scorable(manager: RewardManager, files: Sequence[str], prompts: Sequence[Prompt]) -> None:
+    """At load: every row can be scored. Raises ValueError naming file, row and what the reward does not know."""
+    try:
+        manager.check_prompts(prompts)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(files)} {error}") from error
+
+
 def judge_config(judge: RewardJudgeConfig) -> JudgeConfig:
     """The judge's own settings. Raises ValueError naming the key of an illegal one."""
     return JudgeConfig(

@@ -65,7 +65,10 @@ def read_rows(files: str | Path | Sequence[str | Path], columns: Columns, *, max
     paths = _checked_paths([files] if isinstance(files, str | Path) else list(files))
     rows: list[Row] = []
     for path, label in zip(paths, _labels(paths), strict=True):
-        for number, record in enumerate(_read_table(path, columns).to_pylist()):
+        table = _read_table(path, columns)
+        if not table.num_rows:
+            raise ValueError(f"{path}: holds no rows; run the data step (example/data_preprocess) again")
+        for number, record in enumerate(table.to_pylist()):
             if 0 < max_samples <= len(rows):
                 return rows
             rows.append(_row(record, columns, path=path, label=label, number=number))
