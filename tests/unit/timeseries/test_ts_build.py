@@ -19,7 +19,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tiny_archive import write_archive
+from test_ts_readers import FAULTS
+from tiny_archive import text_of, write_archive
 
 from verl.timeseries import TaskSpec, get_task, tasks
 from verl.timeseries.build import OWN_ENTRIES, TABLES, BuildConfig, build, main, parse_args
@@ -203,6 +204,20 @@ def test_arguments_keep_their_types() -> None:
     assert config == BuildConfig(task="tiny", source="a b/c=d", limit=5, cache=None, style={"line_width": 1.5})
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_archive_is_one_line_exit_code_2_and_nothing_written(
+    fault: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, message = FAULTS[fault]
+    path = tiny_folder / "Tiny_TRAIN.ts"
+    path.write_text(change(text_of("ts", "TRAIN")), encoding="utf-8")
+    before = {entry.name for entry in tmp_path.iterdir()}
+    assert main(["task=tiny", f"source={tiny_folder}", f"output={tmp_path / 'out'}", "workers=1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and re.search(message, error), error
+    assert {entry.name for entry in tmp_path.iterdir()} == before
+
+
 def test_bad_input_leaves_the_old_folder_as_it_was(output: Path, tiny_folder: Path) -> None:
     before = digests(output)
     (tiny_folder / "Tiny_TRAIN.ts").write_text("@data\n1,2:1\n")
@@ -282,10 +297,20 @@ def test_ctu_sh_makes_the_published_rows_from_a_folder(archives: Path, tmp_path:
         labels = Counter(row["reward_model"]["ground_truth"] for row in rows(tmp_path / "o", name))
         assert labels == {"Desktop": each, "Laptop": each}
     assert not list((tmp_path / "o").rglob("*esktop*")) and not list((tmp_path / "o").rglob("*aptop*"))
+    first = digests(tmp_path / "o")
     assert json.loads((tmp_path / "o" / "data_card.json").read_text())["source_as_published"] == {
         "Computers_TRAIN.arff": True,
         "Computers_TEST.arff": True,
     }
+    again = run_script("--source", "my data/Computers", "output=o", "cache=c", "seed=1", cwd=tmp_path)
+    assert again.returncode == 0 and digests(tmp_path / "o") == first, "a rerun gives other bytes"
+    (tmp_path / "ts").mkdir()
+    for split in ("TRAIN", "TEST"):
+        os.symlink(archives / "ucr" / "Computers" / f"Computers_{split}.ts", tmp_path / "ts" / f"Computers_{split}.ts")
+    from_ts = run_script("--source", "ts", "output=p", "cache=c", "seed=1", cwd=tmp_path)
+    assert from_ts.returncode == 0, from_ts.stderr
+    other = digests(tmp_path / "p")
+    assert {name for name in first.keys() | other.keys() if first.get(name) != other.get(name)} == {"data_card.json"}
 
 
 def test_ctu_sh_downloads_checks_unpacks_and_does_not_download_twice(archives: Path, tmp_path: Path) -> None:
