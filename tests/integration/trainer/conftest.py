@@ -9,14 +9,10 @@ from pathlib import Path
 
 import pytest
 from in_process import rl_here, sft_here
-from runs import Data, Launcher, Run, environment, rl_overrides, sft_overrides
+from runs import LONG_RUN, SIZE, Data, Launcher, Run, environment, rl_overrides, sft_overrides
 
-from verl.models.tiny import TinySize, create_tiny_model, texts_of_parquet
+from verl.models.tiny import create_tiny_model, texts_of_parquet
 from verl.timeseries import build
-
-SIZE = TinySize(
-    hidden=64, layers=2, mlp=128, vision_hidden=64, vision_layers=2, vision_mlp=128, max_vocabulary=400, context=512
-)
 
 
 @pytest.fixture(scope="session")
@@ -63,22 +59,6 @@ def launcher() -> Iterator[Launcher]:
     folder = Path(tempfile.mkdtemp(prefix="tm"))
     yield Launcher(folder)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-LONG_RUN = (
-    "trainer.total_training_steps=6",
-    "trainer.save_freq=3",
-    "trainer.test_freq=3",
-    "trainer.val_before_train=True",
-    "actor_rollout_ref.actor.use_kl_loss=True",
-    "actor_rollout_ref.actor.kl_loss_coef=0.01",
-    "actor_rollout_ref.actor.optim.warmup_style=cosine",
-    "actor_rollout_ref.actor.optim.lr_warmup_steps=4",
-    "actor_rollout_ref.actor.optim.min_lr_ratio=0.1",
-    "actor_rollout_ref.rollout.val_kwargs.temperature=0.4",
-    "actor_rollout_ref.rollout.val_kwargs.n=2",
-)
-"""6 steps of 2 optimizer steps; 32 rows make 8 steps an epoch."""
 
 
 @pytest.fixture(scope="session")

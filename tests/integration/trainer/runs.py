@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from verl.models.tiny import TinySize
 from verl.utils.checkpoint.manager import MANIFEST, POINTER, Checkpoint, verify
 from verl.utils.checkpoint.sharded import load_sharded, model_state, stored_tensors
 
@@ -34,6 +35,26 @@ PATIENCE = 300.0  # seconds for one run of a few steps on a busy machine
 
 CLOCKS = ("timing_s/", "timing_per_token_ms/", "perf/", "time", "reward/pool/")
 """Metrics that differ from run to run whatever the seed."""
+
+
+SIZE = TinySize(
+    hidden=64, layers=2, mlp=128, vision_hidden=64, vision_layers=2, vision_mlp=128, max_vocabulary=400, context=512
+)
+
+LONG_RUN = (
+    "trainer.total_training_steps=6",
+    "trainer.save_freq=3",
+    "trainer.test_freq=3",
+    "trainer.val_before_train=True",
+    "actor_rollout_ref.actor.use_kl_loss=True",
+    "actor_rollout_ref.actor.kl_loss_coef=0.01",
+    "actor_rollout_ref.actor.optim.warmup_style=cosine",
+    "actor_rollout_ref.actor.optim.lr_warmup_steps=4",
+    "actor_rollout_ref.actor.optim.min_lr_ratio=0.1",
+    "actor_rollout_ref.rollout.val_kwargs.temperature=0.4",
+    "actor_rollout_ref.rollout.val_kwargs.n=2",
+)
+"""6 steps of 2 optimizer steps; 32 rows make 8 steps an epoch."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import SIZE
 from in_process import rl_here
-from runs import ROOT, Launcher, Run, pointer, read_lines, whole_checkpoints
+from runs import ROOT, SIZE, Launcher, Run, pointer, read_lines, whole_checkpoints
 
 from verl.models.tiny import create_tiny_model, texts_of_parquet
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import LONG_RUN
 from in_process import rl_here, sft_here
 from runs import (
+    LONG_RUN,
     ROOT,
     Data,
     Launcher,

@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import LONG_RUN
 from in_process import rl_here
-from runs import Data, Launcher, Run, begin_at, differences, read_lines, rl_overrides
+from runs import LONG_RUN, Data, Launcher, Run, begin_at, differences, read_lines, rl_overrides
 
 PLAN = ("global_seqlen/", "perf/")
 """Metrics that tell how work was spread over ranks, and therefore depend on their number."""

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import LONG_RUN
 from in_process import rl_here, sft_here
-from runs import Data, Run, begin_at, differences, pointer, rl_overrides, sft_overrides
+from runs import LONG_RUN, Data, Run, begin_at, differences, pointer, rl_overrides, sft_overrides
 from safetensors import safe_open
 from torch import Tensor
 
