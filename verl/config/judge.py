@@ -19,6 +19,8 @@ class RewardJudgeConfig:
     """Name of the environment variable that holds the key; null: the server asks for none."""
     temperature: float | None
     """null leaves it to the server."""
+    structured_output: bool
+    """Ask for a json schema, until the server refuses it; False: never. The reply is read strictly in both cases."""
     max_answer_tokens: int
     """Limit of one verdict, in tokens."""
     max_chars: int

@@ -32,6 +32,8 @@ def test_a_verdict_is_the_mean_of_the_criteria(server: JudgeServer) -> None:
     assert body["temperature"] == 0 and body["model"] == "stub"
     schema = body["response_format"]["json_schema"]["schema"]
     assert schema["required"] == list(KEYS) and schema["additionalProperties"] is False
+    grades = schema["properties"]["depth"]["enum"]
+    assert len(grades) == 21 and (grades[0], grades[10], grades[-1]) == (0.0, 0.5, 1.0)
 
 
 def test_a_stock_phrase_caps_the_score(server: JudgeServer) -> None:
@@ -218,6 +220,13 @@ def test_a_server_without_json_schema_is_asked_without(server: JudgeServer) -> N
     outcome = ask(config(server, max_concurrent=1), different(5))
     assert outcome.kinds == ["ok"] * 5
     assert [seen.has_schema for seen in server.seen] == [True] + [False] * 5
+
+
+def test_without_structured_output_no_schema_is_sent_and_the_reply_is_read_as_strictly(server: JudgeServer) -> None:
+    server.plan = in_turn(good(0.7), Plan(completion(f"Sure: {verdict(0.7)}")))
+    settings = config(server, structured_output=False, max_concurrent=1)
+    assert ask(settings, different(2)).kinds == ["ok", "malformed"]
+    assert not any(seen.has_schema for seen in server.seen)
 
 
 def test_one_refused_answer_does_not_cost_the_others_the_schema(server: JudgeServer) -> None:

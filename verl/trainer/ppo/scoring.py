@@ -53,6 +53,7 @@ def judge_config(judge: RewardJudgeConfig) -> JudgeConfig:
         model=judge.model,
         api_key_env=judge.api_key_env,
         temperature=judge.temperature,
+        structured_output=judge.structured_output,
         max_answer_tokens=judge.max_answer_tokens,
         max_chars=judge.max_chars,
         timeout_s=judge.timeout_s,

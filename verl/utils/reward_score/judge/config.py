@@ -28,6 +28,8 @@ class JudgeConfig:
     """Name of the environment variable that holds the key; None: the server asks for none."""
     temperature: float | None = 0.0
     """None leaves it to the server, for models that refuse the parameter."""
+    structured_output: bool = True
+    """Ask for a json schema, until the server refuses it; False: never. The reply is read strictly in both cases."""
     max_answer_tokens: int = 256
     """Limit of one verdict, in tokens."""
     max_chars: int = 8000
@@ -76,6 +78,8 @@ class JudgeConfig:
             if isinstance(value, bool) or not legal or value < least:
                 kind = "a whole number" if whole else "a number"
                 raise ValueError(f"judge.{name}={value!r}: give {kind} of at least {least:g}")
+        if not isinstance(self.structured_output, bool):
+            raise ValueError(f"judge.structured_output={self.structured_output!r}: give True or False")
         for name in ("model", "run_name"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"judge.{name}={getattr(self, name)!r}: give a name")

@@ -100,7 +100,7 @@ class LLMJudge:
         self._flights: dict[str, asyncio.Task[dict[str, float] | JudgeError]] = {}
         self._counts: Counter[str] = Counter()
         self._final: JudgeError | None = None
-        self._takes_schema: bool | None = None
+        self._takes_schema: bool | None = None if config.structured_output else False
         self._worked = False
 
     def open(self) -> None:

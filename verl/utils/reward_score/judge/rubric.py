@@ -19,8 +19,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PROMPT_VERSION = "1"
-"""Part of every cache key; raise it when the wording below changes."""
+PROMPT_VERSION = "2"
+"""Part of every cache key; raise it when the wording or the schema below changes."""
+
+_GRADES = [step / 20 for step in range(21)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +109,14 @@ def build_messages(rubric: Rubric, shown: str, draw: Callable[[int], str] = secr
 def response_format(rubric: Rubric) -> dict[str, Any]:
     """The verdict's JSON schema, in the form of OpenAI's structured output.
 
-    The range is checked on our side: several servers refuse `minimum` and `maximum`.
+    The grades are listed, 0 to 1 in steps of 0.05: several servers refuse `minimum` and `maximum`, and a small model
+    that may write any number can go on with its digits until it is cut off. The range is checked on our side as well.
     """
     schema = {
         "type": "object",
-        "properties": {key: {"type": "number", "description": meaning} for key, meaning in rubric.criteria},
+        "properties": {
+            key: {"type": "number", "description": meaning, "enum": _GRADES} for key, meaning in rubric.criteria
+        },
         "required": list(rubric.keys),
         "additionalProperties": False,
     }
