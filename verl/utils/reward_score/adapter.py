@@ -189,7 +189,7 @@ class RewardFunction:
             return self._exception(error)
         except (Exception, SystemExit) as error:
             if isinstance(error, TimeoutError) and limit.expired():
-                return failed(FailureKind.TIMEOUT, f"{self.name} took more than {self.timeout_s:g} s")
+                return failed(FailureKind.TIMEOUT, f"{self.name} took more than {self.timeout_s:g} s (reward.timeout)")
             return self._exception(error)
         return self._to_score(value, ground_truth, classes)
 
