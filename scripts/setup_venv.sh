@@ -24,12 +24,12 @@ _tm_die() {
 }
 
 _tm_stack() {
-  local gpus=(/proc/driver/nvidia/gpus/*)
+  local cards=(/proc/driver/nvidia/gpus/*)
   if [[ -n "${TIMEMASTER_STACK:-}" ]]; then
     [[ "$TIMEMASTER_STACK" == cpu || "$TIMEMASTER_STACK" == gpu ]] ||
       _tm_die "TIMEMASTER_STACK=$TIMEMASTER_STACK: use cpu or gpu"
     printf '%s' "$TIMEMASTER_STACK"
-  elif [[ -e "${gpus[0]}" || "$(nvidia-smi -L 2>/dev/null)" == GPU* ]]; then
+  elif [[ -e "${cards[0]}" || "$(nvidia-smi -L 2>/dev/null)" == GPU* ]]; then
     printf gpu
   else
     printf cpu

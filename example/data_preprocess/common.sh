@@ -3,8 +3,8 @@
 set -euo pipefail
 
 HERE="$PWD"
-PYTHON="$ROOT/.venv/bin/python"
-[[ -x "$PYTHON" ]] || PYTHON=python3
+# shellcheck source=scripts/environment.sh
+source "$ROOT/scripts/environment.sh"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 SOURCE=""
@@ -73,10 +73,10 @@ EOF
 
 # Whether the folder holds the published files, by checksum; what does not is said on stderr.
 published() { # folder
-  "$PYTHON" -m verl.timeseries.unpack "task=$NAME" "into=$1"
+  python3 -m verl.timeseries.unpack "task=$NAME" "into=$1"
 }
 
 build_data() {
-  exec "$PYTHON" -m verl.timeseries.build "task=$NAME" "modality=$MODALITY" "source=$SOURCE" "output=$OUTPUT" \
+  exec python3 -m verl.timeseries.build "task=$NAME" "modality=$MODALITY" "source=$SOURCE" "output=$OUTPUT" \
     ${ARGS[@]+"${ARGS[@]}"}
 }

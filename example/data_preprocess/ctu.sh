@@ -23,7 +23,7 @@ if [[ -z "$SOURCE" ]]; then
   if ! published "$FOLDER" 2>/dev/null; then
     [[ -e "$ZIP" ]] || download "$URL" "$ZIP" Computers.zip "a folder with the unpacked files"
     status=0
-    "$PYTHON" -m verl.timeseries.unpack task=ctu "into=$FOLDER" "zip=$ZIP" || status=$?
+    python3 -m verl.timeseries.unpack task=ctu "into=$FOLDER" "zip=$ZIP" || status=$?
     if ((status == 2)); then
       rm -f "$ZIP"
       echo "error: $ZIP is not the published archive and was removed; run this again" >&2

@@ -24,7 +24,7 @@ if [[ -z "$SOURCE" ]]; then
   if [[ ! -e "$REFERENCE" ]]; then
     [[ -e "$ZIP" ]] || download "$URL/training2017.zip" "$ZIP" "training2017.zip and REFERENCE-v3.csv of $URL" \
       "a folder with the unpacked files"
-    "$PYTHON" -m verl.timeseries.unpack task=ecg "into=$FOLDER" "zip=$ZIP"
+    python3 -m verl.timeseries.unpack task=ecg "into=$FOLDER" "zip=$ZIP"
     # The corrected labels are not in the zip; written last, so that their presence says all is here.
     download "$URL/REFERENCE-v3.csv" "$REFERENCE" "training2017.zip and REFERENCE-v3.csv of $URL" \
       "a folder with the unpacked files"

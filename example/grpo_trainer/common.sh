@@ -3,16 +3,18 @@
 # shellcheck disable=SC2154 # `task` is set by the script that sources this one
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# shellcheck source=scripts/environment.sh
+source scripts/environment.sh
+flag EVAL
+flag PAPER
 
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+gpus=$(visible_gpus)
 if [[ $gpus -eq 0 ]]; then
     N_GPUS=${N_GPUS:-2}
     echo "$(basename "$0"): no GPU here: hf engine on CPU, $N_GPUS processes"
 else
     N_GPUS=${N_GPUS:-$gpus}
 fi
-python=python3
-[[ -n ${VIRTUAL_ENV:-} || ! -x .venv/bin/python ]] || python=.venv/bin/python
 
 if [[ $EVAL == True || $PAPER == True ]]; then
     files=(data.train_files="$DATA/train.parquet" data.val_files="$DATA/test.parquet" trainer.keep_best=False)
@@ -47,7 +49,7 @@ engine=(
 )
 [[ ${ENGINE:-hf} == vllm ]] || engine=(actor_rollout_ref.rollout.name=hf)
 
-exec "$python" -m verl.trainer.main_ppo \
+exec python3 -m verl.trainer.main_ppo \
     algorithm.adv_estimator=grpo \
     "${files[@]}" \
     data.train_batch_size=64 \

@@ -3,13 +3,13 @@
 # shellcheck disable=SC2154 # `task` is set by the script that sources this one
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# shellcheck source=scripts/environment.sh
+source scripts/environment.sh
 
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+gpus=$(visible_gpus)
 N_GPUS=${N_GPUS:-$((gpus > 0 ? gpus : 1))}
-python=python3
-[[ -n ${VIRTUAL_ENV:-} || ! -x .venv/bin/python ]] || python=.venv/bin/python
-launch=("$python")
-((N_GPUS == 1)) || launch=("$python" -m torch.distributed.run --standalone --nproc_per_node "$N_GPUS")
+launch=(python3)
+((N_GPUS == 1)) || launch=(python3 -m torch.distributed.run --standalone --nproc_per_node "$N_GPUS")
 
 # The prompt counts after image expansion; digits need more room than a plot.
 prompt_length=1024

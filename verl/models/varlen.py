@@ -65,9 +65,11 @@ def _of_flash_attn() -> VarlenKernel:
 CANDIDATES: Mapping[str, Callable[[], VarlenKernel]] = {"torch": _of_torch, "flash-attn": _of_flash_attn}
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def probe(kernel: VarlenKernel, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> str | None:
     """What is wrong with a kernel, None when nothing is: 2 queries on 5 keys, 4 heads on 2, values and gradients
-    against a written-out softmax."""
+    against a written-out softmax. The first caller may be a sampler, without gradients."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 4, 64), (5, 2, 64), (5, 2, 64), (2, 4, 64))
     q, k, v, weight = (torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes)

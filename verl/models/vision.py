@@ -17,6 +17,7 @@ Grid = tuple[int, int, int]
 
 
 @lru_cache(maxsize=1024)
+@torch.inference_mode(False)
 def _one_grid(grid: Grid, merge_size: int, window_size: int, patch_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row/column positions (N, 2), window order (N / merge^2,), lengths of full segments, lengths of windows."""
     thw = torch.tensor([grid])
@@ -41,12 +42,14 @@ def vision_plan(
 ) -> dict[str, Tensor | int]:
     """Keywords for the vision tower's forward: positions, window order and segment bounds of all images.
 
-    Plans of recent sets of grids are kept on the device: pictures of one task have one size. Read-only.
+    Plans of recent sets of grids are kept on the device: pictures of one task have one size. Read-only. They are made
+    outside of inference mode, as a sampler may ask first and a training forward, which saves them, later.
     """
     return dict(_plan(tuple(tuple(grid) for grid in grids), merge_size, window_size, patch_size, device))
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _plan(
     grids: tuple[Grid, ...], merge_size: int, window_size: int, patch_size: int, device: torch.device
 ) -> dict[str, Tensor | int]:

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import importlib.util
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ Series = NDArray[np.float64]
 """(channels, length)"""
 
 SPLITS = ("train", "test")
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+"""What `zipfile` raises on a file that is cut, damaged, encrypted or packed in another way."""
 
 
 @dataclass(frozen=True)
@@ -129,15 +132,24 @@ def tree_files(folder: Path) -> dict[str, Path | zipfile.Path]:
 
 
 def zip_members(path: Path) -> dict[str, Path | zipfile.Path]:
-    """Files inside a zip by base name. Raises ValueError when the zip is damaged."""
+    """Files inside a zip by base name, without those that an operating system adds. Raises ValueError when the zip is
+    damaged or holds one name twice."""
     try:
         archive = zipfile.ZipFile(path)
         damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except (OSError, *ZIP_ERRORS) as error:
         raise ValueError(f"{path}: not a complete zip ({error}); delete it and download it again") from error
     if damaged is not None:
         raise ValueError(f"{path}: member {damaged} is damaged (checksum); delete the zip and download it again")
-    return {Path(name).name: zipfile.Path(archive, name) for name in archive.namelist() if not name.endswith("/")}
+    found: dict[str, Path | zipfile.Path] = {}
+    for name in archive.namelist():
+        base = Path(name).name
+        if name.endswith("/") or base.startswith(".") or name.startswith("__MACOSX/"):
+            continue
+        if base in found:
+            raise ValueError(f"{path}: {base} is in it twice; unpack it and name one folder")
+        found[base] = zipfile.Path(archive, name)
+    return found
 
 
 def _read_pair(files: list[tuple[str, Path | zipfile.Path]], source: Path, task: TaskSpec) -> Archive:

@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from verl.timeseries.readers import ZIP_ERRORS
 from verl.timeseries.task import TaskSpec
 from verl.timeseries.tasks import get_task
 
@@ -58,7 +59,7 @@ def unpack_zip(path: Path, into: Path, task: TaskSpec | None = None) -> list[str
                 final = into / info.filename
                 final.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(scratch, info.filename), final)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except ZIP_ERRORS as error:
         raise ValueError(f"{path}: not a complete zip ({error}); delete it and download it again") from error
     return [info.filename for info in members]
 

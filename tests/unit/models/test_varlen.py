@@ -43,6 +43,14 @@ def test_a_right_kernel_passes_the_probe_and_wrong_ones_say_what_is_wrong() -> N
     assert varlen.probe(lambda *_, **__: {}["q"], CPU) == "KeyError: 'q'"
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_probe_finds_the_same_when_a_forward_without_gradients_asks_first(mode: type) -> None:
+    with mode():
+        assert varlen.probe(kernel, CPU) is None
+        spoiled = varlen.probe(lambda *a, **kw: kernel(*a, **kw, spoil=0.5), CPU)
+    assert spoiled is not None and spoiled.startswith("dv is off by")
+
+
 def test_the_first_kernel_that_passes_is_taken_and_none_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     real = varlen.probe
 

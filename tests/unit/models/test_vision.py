@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
+from verl.models import vision
 from verl.models.policy import patch_embed_as_matmul
 from verl.models.vision import vision_plan
 
@@ -36,6 +37,16 @@ def test_the_plan_of_a_batch_equals_what_the_library_computes(grids) -> None:
     for name, value in expected.items():
         torch.testing.assert_close(plan[name], value, rtol=0, atol=0, check_dtype=name.startswith("cu"), msg=name)
     assert (plan["max_seqlen"], plan["max_window_seqlen"]) == (int(full.diff().max()), int(windows.diff().max()))
+
+
+def test_a_plan_that_a_sampler_asked_for_first_can_be_trained_with() -> None:
+    vision._one_grid.cache_clear()
+    vision._plan.cache_clear()
+    with torch.inference_mode():
+        plan = vision_plan([WIDE, SMALL], merge_size=2, window_size=112, patch_size=14, device=torch.device("cpu"))
+    tensors = {name: value for name, value in plan.items() if isinstance(value, torch.Tensor)}
+    assert len(tensors) == 4
+    assert not [name for name, value in tensors.items() if value.is_inference()]
 
 
 @pytest.mark.parametrize("grids", BATCHES, ids=str)

@@ -165,6 +165,37 @@ def test_a_damaged_zip_is_an_error_naming_it(
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_damage_at_any_place_of_a_packed_zip_is_an_error_naming_it(
+    tiny_task: TaskSpec, tiny_folder: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole.zip"
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(tiny_folder.iterdir()):
+            archive.write(file, file.name)
+    raw, path, missed = whole.read_bytes(), tmp_path / "Tiny.zip", []
+    for start in range(64, len(raw) - 512, 97):  # the zip's own table at the end is another test's
+        path.write_bytes(raw[:start] + bytes(b ^ 0xA5 for b in raw[start : start + 32]) + raw[start + 32 :])
+        for what in (lambda: tiny_task.reader.read(path, tiny_task), lambda: unpack_zip(path, tmp_path / "out")):
+            try:
+                what()
+                missed.append(f"{start}: no error")
+            except ValueError as error:
+                if "Tiny.zip" not in str(error):
+                    missed.append(f"{start}: {error}")
+    assert not missed
+
+
+def test_a_zip_that_holds_one_name_twice_is_refused(tiny_task: TaskSpec, tiny_folder: Path, tmp_path: Path) -> None:
+    path = zip_of(tiny_folder, tmp_path / "Tiny.zip")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("__MACOSX/Tiny_TRAIN.ts", "added by an operating system")
+    tiny_task.reader.read(path, tiny_task)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("older/Tiny_TRAIN.ts", "another file")
+    with pytest.raises(ValueError, match=r"Tiny\.zip: Tiny_TRAIN\.ts is in it twice"):
+        tiny_task.reader.read(path, tiny_task)
+
+
 @pytest.mark.parametrize(
     "name", ["../evil.txt", "/tmp/evil.txt", "a/../../evil.txt", "..\\evil.txt", "C:/evil.txt", "link"]
 )
