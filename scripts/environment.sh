@@ -4,6 +4,8 @@
 # Makes `python3` one that has the packages: the active one if it does, else that of .venv, which is made or completed
 # on the way (see setup_venv.sh). Afterwards `flag` and `visible_gpus` can be called.
 
+set -euo pipefail
+
 _tm_here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if ! python3 -c 'import sys, importlib.util as u
 sys.exit(not all(map(u.find_spec, ("torch", "transformers", "ray", "hydra", "pyarrow", "matplotlib"))))' 2>/dev/null; then
