@@ -174,7 +174,7 @@ def ctu_3b_model(folder: Path, workload: Workload = CTU_3B, *, seed: int = 0) ->
     return folder
 
 
-def _picture(key: str, grid: tuple[int, int, int], rng: np.random.Generator) -> ImageRecord:
+def picture(key: str, grid: tuple[int, int, int], rng: np.random.Generator) -> ImageRecord:
     """A random walk drawn on noise."""
     height, width = grid[1] * 14, grid[2] * 14
     pixels = rng.integers(200, 256, (3, height, width), dtype=np.uint8)
@@ -203,7 +203,7 @@ def ctu_3b_prompts(
         parts = (words[: text // 2], [special["<|vision_start|>"], *picture, special["<|vision_end|>"]])
         ids = np.concatenate([*parts, words[text // 2 :]]).astype(np.int32)
         key = f"plot-{number}"
-        store[key] = _picture(key, workload.grid, rng)
+        store[key] = picture(key, workload.grid, rng)
         prompts.append(Prompt(f"row-{number}", number, "ctu", ids, (key,), (workload.grid,), "A"))
     return prompts, StoredPatches(store, ImageSpec(), cache_bytes=1 << 30)
 
