@@ -400,4 +400,6 @@ class Trainer:
         metrics |= actor_metrics(updates, actor.kl_loss_coef)
         metrics |= self.kl_control.metrics() if self.config.algorithm.use_kl_in_reward else {}
         metrics |= throughput_metrics(groups, phase.seconds, self.workers.ranks)
+        if self.workers.actors.meter is not None:
+            metrics |= self.workers.actors.meter.metrics(phase.seconds)
         return metrics | self.workers.memory() | phase.metrics()

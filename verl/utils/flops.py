@@ -79,20 +79,26 @@ class FlopCounter:
         layers = text.num_hidden_layers * (2 * self._text_layer * tokens + attention)
         return float(layers + 2 * text.vocab_size * text.hidden_size * responses)
 
+    def vision_attention(self, grid: tuple[int, int, int]) -> float:
+        """Attention of all vision layers inside the segments of one picture of (t, h, w) patches."""
+        vision = self.config.vision_config
+        whole, windows = segment_lengths(
+            grid, merge_size=vision.spatial_merge_size, window_size=vision.window_size, patch_size=vision.patch_size
+        )
+        full = len(vision.fullatt_block_indexes)
+        pairs = full * sum(n * n for n in whole) + (vision.depth - full) * sum(n * n for n in windows)
+        return float(4 * vision.hidden_size * pairs)
+
     def vision(self, grid: tuple[int, int, int]) -> float:
         """One picture of (t, h, w) patches through the tower."""
         vision = self.config.vision_config
         width, merge = vision.hidden_size, vision.spatial_merge_size**2
         patches = grid[0] * grid[1] * grid[2]
-        whole, windows = segment_lengths(
-            grid, merge_size=vision.spatial_merge_size, window_size=vision.window_size, patch_size=vision.patch_size
-        )
-        full_blocks = len(vision.fullatt_block_indexes)
-        pairs = full_blocks * sum(n * n for n in whole) + (vision.depth - full_blocks) * sum(n * n for n in windows)
         layer = 4 * width * width + 3 * width * vision.intermediate_size
         embed = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
         merger = (width * merge) * (width * merge) + (width * merge) * vision.out_hidden_size
-        return float(2 * patches * (embed + vision.depth * layer) + 4 * width * pairs + 2 * (patches // merge) * merger)
+        products = patches * (embed + vision.depth * layer) + patches // merge * merger
+        return 2.0 * products + self.vision_attention(grid)
 
     def forward(self, groups: Sequence[TrainGroup], *, shared: bool) -> float:
         """Forward of these groups: computed FLOPs with `shared` prompts, else logical ones (see the module)."""

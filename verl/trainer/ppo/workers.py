@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from transformers import AutoConfig
 
 from verl.config import PPOConfig, token_budgets
+from verl.models.policy import check_model_folder
 from verl.packing.balance import plan_mini_batch
 from verl.protocol import LogProbs, Prompt, Response, TrainGroup
 from verl.single_controller.cluster import Resources
 from verl.single_controller.group import WorkerGroup
 from verl.trainer.ppo.batch import response_tokens
+from verl.trainer.ppo.mfu import FlopMeter
 from verl.utils.checkpoint.manager import Checkpoint
+from verl.utils.flops import FlopCounter, peak_flops
 from verl.workers.actor.objective import merge_metrics
 from verl.workers.actor.worker import ActorWorker, MiniBatch
 from verl.workers.rollout.base import Sampling
@@ -35,6 +39,8 @@ class Actors:
         self.budgets = None if config.trainer.val_only else token_budgets(config)
         self.loads: list[int] = []
         """Tokens that each rank met in the last update."""
+        self.meter: FlopMeter | None = None
+        """None before the workers are built."""
 
     def build(self, config: PPOConfig, resources: Resources, stores: Sequence[Path], optimizer_steps: int) -> None:
         address = self.group.rendezvous()
@@ -42,6 +48,10 @@ class Actors:
         self.group.build(
             ActorWorker, [(config, rank, ranks, address, stores, optimizer_steps) for rank in range(ranks)]
         )
+        device = self.group.all("device_name")[0]
+        peak = None if device is None else peak_flops(device)
+        model = AutoConfig.from_pretrained(check_model_folder(config.actor_rollout_ref.model.path))
+        self.meter = FlopMeter(FlopCounter(model), peak, ranks)
 
     def _plan(self, groups: Sequence[TrainGroup], budget: int) -> list[list[list[TrainGroup]]]:
         return plan_mini_batch(
@@ -60,6 +70,8 @@ class Actors:
         budget = self.budgets.ref_log_prob if reference else self.budgets.old_log_prob
         assert budget is not None, "no KL term asks for a reference"
         plan = self._plan(groups, budget)
+        if self.meter is not None:
+            self.meter.add("actor_infer", groups, passes=1)
         parts = self.group.each("ref_log_probs" if reference else "log_probs", [(share,) for share in plan])
         return {index: values for part in parts for index, values in part.items()}
 
@@ -73,6 +85,9 @@ class Actors:
             ([MiniBatch(plan[rank], count) for plan, count in zip(plans, tokens, strict=True)],)
             for rank in range(self.group.size)
         ]
+        if self.meter is not None:
+            for groups in mini_batches:
+                self.meter.add("actor", groups, passes=3)
         by_rank = self.group.each("update", shares)
         steps = []
         for number in range(len(mini_batches)):

@@ -128,6 +128,10 @@ class ActorWorker:
         """Restore what `save` wrote, on any number of ranks. Without `clock` the weights alone."""
         load_engine(self.engine, checkpoint, clock)
 
+    def device_name(self) -> str | None:
+        """CUDA's name of the device; None on a CPU."""
+        return torch.cuda.get_device_name() if self.device == "cuda" else None
+
     def memory(self) -> dict[str, float]:
         return memory_metrics(self.device)
 
