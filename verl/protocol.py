@@ -155,6 +155,8 @@ class TrainSample:
     old_log_probs: LogProbs | None = None
     ref_log_probs: LogProbs | None = None
     rollout_log_probs: LogProbs | None = None
+    is_weights: LogProbs | None = None
+    """(R,) factors of the policy loss that correct for the sampler (see `verl.algorithms.rollout_correction`)."""
 
 
 @dataclass(frozen=True, slots=True)

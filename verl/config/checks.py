@@ -26,6 +26,7 @@ Problems = Iterator[str]
 
 _ACTOR = "actor_rollout_ref.actor"
 _ROLLOUT = "actor_rollout_ref.rollout"
+_CORRECTION = "algorithm.rollout_correction"
 _STEP_FOLDER = re.compile(r"(^|/)global_step_\d+/?$")
 
 
@@ -33,7 +34,7 @@ def check_ppo(config: PPOConfig) -> list[str]:
     """Every problem of the config, [] when it can run."""
     rules: list[Callable[[PPOConfig], Problems]] = [_sizes, _paths, _sampling, _kl, _trainer]
     if not config.trainer.val_only:
-        rules += [_batches, _micro_batches, _training_sampling, _losses, _optim]
+        rules += [_batches, _micro_batches, _training_sampling, _correction, _losses, _optim]
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -264,11 +265,31 @@ def _training_sampling(config: PPOConfig) -> Problems:
         yield f"{_ROLLOUT}.n=1: grpo compares the answers of a prompt with each other; set {_ROLLOUT}.n to at least 2"
     if not rollout.do_sample or rollout.temperature == 0:
         yield f"{_ROLLOUT}: greedy answers are all the same; set do_sample=True and temperature above 0"
-    if rollout.top_k > 0 or 0 < rollout.top_p < 1:
+    correction = config.algorithm.rollout_correction
+    if (rollout.top_k > 0 or 0 < rollout.top_p < 1) and correction.rollout_is is None and not correction.bypass_mode:
         yield (
             f"{_ROLLOUT}.top_k={rollout.top_k}, top_p={rollout.top_p}: training on a cut distribution needs a"
-            " correction that is not implemented yet; set top_k=-1 and top_p=1"
+            f" correction; set {_CORRECTION}.rollout_is=token, or top_k=-1 and top_p=1"
         )
+
+
+def _correction(config: PPOConfig) -> Problems:
+    correction = config.algorithm.rollout_correction
+    if correction.rollout_is_threshold <= 0:
+        yield f"{_CORRECTION}.rollout_is_threshold={correction.rollout_is_threshold} must be greater than 0"
+    threshold = correction.rollout_rs_threshold
+    if correction.rollout_rs is not None and (threshold is None or threshold <= 1):
+        yield f"{_CORRECTION}.rollout_rs={correction.rollout_rs} needs rollout_rs_threshold above 1, got {threshold}"
+    if correction.rollout_is_batch_normalize and correction.rollout_is is None:
+        yield f"{_CORRECTION}.rollout_is_batch_normalize=True needs rollout_is: without it there is nothing to scale"
+    if correction.bypass_mode and correction.rollout_rs is not None:
+        yield f"{_CORRECTION}.rollout_rs={correction.rollout_rs} needs the policy's log-probs; set bypass_mode=False"
+    if correction.bypass_mode and correction.rollout_is_batch_normalize:
+        yield f"{_CORRECTION}.rollout_is_batch_normalize needs the policy's log-probs; set bypass_mode=False"
+    if correction.bypass_mode and config.algorithm.use_kl_in_reward:
+        yield f"{_CORRECTION}.bypass_mode=True makes no log-probs of the policy; set algorithm.use_kl_in_reward=False"
+    if correction.loss_type == "reinforce" and not correction.bypass_mode:
+        yield f"{_CORRECTION}.loss_type=reinforce needs bypass_mode=True"
 
 
 def _losses(config: PPOConfig) -> Problems:

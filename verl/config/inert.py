@@ -111,6 +111,17 @@ def _kl(config: PPOConfig) -> Inert:
             yield f"{_ACTOR}.{name}", f"{_ACTOR}.use_kl_loss=False"
     if not uses_reference(config):
         yield f"{_REF}.", "no KL term is on, so no reference model is built"
+    correction = algorithm.rollout_correction
+    if correction.rollout_is is None:
+        yield "algorithm.rollout_correction.rollout_is_threshold", "algorithm.rollout_correction.rollout_is is null"
+    elif correction.bypass_mode and correction.loss_type == "ppo_clip":
+        reason = "bypass_mode=True with loss_type=ppo_clip clips the ratio to the sampler instead"
+        for name in ("rollout_is", "rollout_is_threshold"):
+            yield f"algorithm.rollout_correction.{name}", reason
+    if correction.rollout_rs is None:
+        yield "algorithm.rollout_correction.rollout_rs_threshold", "algorithm.rollout_correction.rollout_rs is null"
+    if not correction.bypass_mode:
+        yield "algorithm.rollout_correction.loss_type", "algorithm.rollout_correction.bypass_mode=False"
     for name in ("gamma", "lam"):
         yield f"algorithm.{name}", "algorithm.adv_estimator=grpo gives every token of an answer the same advantage"
 
@@ -181,6 +192,12 @@ def _advice_ppo(config: PPOConfig) -> Iterator[str]:
     if actor.use_kl_loss and actor.kl_loss_type in ("kl", "k1"):
         kind = f"{_ACTOR}.kl_loss_type={actor.kl_loss_type}"
         yield f"{kind}: as a loss its gradient has mean zero; use k2 or low_var_kl (k3)"
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.top_k > 0 or rollout.top_p < 1:
+        yield (
+            f"{_ROLLOUT}.top_k={rollout.top_k}, top_p={rollout.top_p}: answers come from a cut distribution; the"
+            " correction weighs what was drawn, but what cannot be drawn is never learned"
+        )
     named_test = [path for path in data.val_files if "test" in Path(path).stem.lower()]
     if trainer.keep_best and trainer.test_freq > 0 and named_test:
         yield (

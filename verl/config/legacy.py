@@ -137,8 +137,6 @@ PPO_RULES: dict[str, Rule] = {
     # algorithm
     "algorithm.filter_groups.enable": missing(False),
     "algorithm.filter_groups.*": missing(None),
-    "algorithm.rollout_correction.bypass_mode": missing(False),
-    "algorithm.rollout_correction.*": missing(None),
     # reward
     "reward.custom_reward_function.*": alias("custom_reward_function.*"),
     "reward.reward_manager.name": alias("reward_model.reward_manager"),

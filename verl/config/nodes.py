@@ -204,9 +204,9 @@ class RolloutConfig:
     temperature: float
     """The policy's distribution is softmax(logits / temperature), in training too."""
     top_k: int
-    """Must be -1 in training: another value changes the support of the sampler."""
+    """Draw from the k likeliest tokens; -1: no limit. In training another value needs algorithm.rollout_correction."""
     top_p: float
-    """Must be 1 in training, for the same reason."""
+    """Draw from the smallest set of this probability; 1: no limit. In training as top_k."""
     do_sample: bool
     """Must be True in training."""
     seed: int

@@ -68,6 +68,26 @@ class KLControlConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutCorrectionConfig:
+    """Weights for answers whose sampler is not exactly the policy that is trained."""
+
+    rollout_is: Literal["token", "sequence"] | None
+    """Truncated importance weights by token or by answer; null: none."""
+    rollout_is_threshold: float
+    """Largest importance weight."""
+    rollout_is_batch_normalize: bool
+    """Scale the weights of a mini-batch to mean 1."""
+    rollout_rs: Literal["token", "sequence", "geometric"] | None
+    """Reject tokens, or answers by their summed or mean log-ratio; null: none."""
+    rollout_rs_threshold: float | None
+    """Ratios outside 1 / threshold to threshold are rejected."""
+    bypass_mode: bool
+    """Take the sampler's log-probs as the old ones: no forward pass for them."""
+    loss_type: Literal["ppo_clip", "reinforce"]
+    """bypass_mode: clip the ratio to the sampler, or weight the plain policy gradient with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AlgorithmConfig:
     """From rewards to advantages."""
 
@@ -84,6 +104,7 @@ class AlgorithmConfig:
     kl_penalty: KLKind
     """Estimator of the KL in the reward."""
     kl_ctrl: KLControlConfig
+    rollout_correction: RolloutCorrectionConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ class Columns(Generic[Array]):
     old_log_probs: Array | None
     ref_log_probs: Array | None
     rollout_log_probs: Array | None
+    is_weights: Array | None = None
 
 
 def columns(groups: Sequence[TrainGroup]) -> Columns[Floats]:
@@ -41,4 +42,5 @@ def columns(groups: Sequence[TrainGroup]) -> Columns[Floats]:
         old_log_probs=optional(lambda s: s.old_log_probs),
         ref_log_probs=optional(lambda s: s.ref_log_probs),
         rollout_log_probs=optional(lambda s: s.rollout_log_probs),
+        is_weights=optional(lambda s: s.is_weights),
     )

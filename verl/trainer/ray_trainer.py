@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from verl.algorithms import rollout_correction
 from verl.algorithms.advantage import advantage_metrics, get_estimator
 from verl.algorithms.kl import AdaptiveKL, kl_sums
 from verl.config import PPOConfig, batch_plan, render_table, resolved_table, to_dict, to_yaml, uses_reference
@@ -64,6 +65,7 @@ class Trainer:
             keep=config.trainer.max_actor_ckpt_to_keep,
             keep_best=(config.trainer.best_metric or ACCURACY) if config.trainer.keep_best else None,
         )
+        self.correction_metrics: dict[str, float] = {}
         self.estimate = get_estimator(config.algorithm.adv_estimator)
         self.kl_control = AdaptiveKL.of(config.algorithm.kl_ctrl)
         self.weights_from = config.actor_rollout_ref.model.path
@@ -253,8 +255,11 @@ class Trainer:
         """Log-probs before this step's updates, of the answers whose update is not the first one."""
         if not self._updates_now():
             return {}
+        correction = self.config.algorithm.rollout_correction
+        if correction.bypass_mode:
+            return step_batch.sampler_log_probs(groups)
         needed = {g for mini in minis if not mini.first for g in mini.members}
-        if self.config.algorithm.use_kl_in_reward:
+        if self.config.algorithm.use_kl_in_reward or rollout_correction.is_on(correction):
             needed = set(range(len(groups)))
         return self.workers.actors.log_probs(self._scored(groups, sorted(needed)), reference=False)
 
@@ -273,20 +278,30 @@ class Trainer:
         old: step_batch.LogProbTable,
         ref: step_batch.LogProbTable,
     ) -> list[list[TrainGroup]]:
-        actor = self.config.actor_rollout_ref.actor
-        batches = [
-            step_batch.train_groups(
-                groups,
-                advantages,
-                mini.members,
-                old={} if mini.first else old,
-                ref=ref if actor.use_kl_loss else {},
-                loss_agg_mode=actor.loss_agg_mode,
-                loss_scale_factor=actor.loss_scale_factor or float(self.config.data.max_response_length),
-            )
-            for mini in minis
-        ]
-        return batches
+        actor, correction = self.config.actor_rollout_ref.actor, self.config.algorithm.rollout_correction
+
+        def batches(weights: step_batch.LogProbTable) -> list[list[TrainGroup]]:
+            return [
+                step_batch.train_groups(
+                    groups,
+                    advantages,
+                    mini.members,
+                    old={} if mini.first and not correction.bypass_mode else old,
+                    ref=ref if actor.use_kl_loss else {},
+                    loss_agg_mode=actor.loss_agg_mode,
+                    loss_scale_factor=actor.loss_scale_factor or float(self.config.data.max_response_length),
+                    is_weights=weights,
+                )
+                for mini in minis
+            ]
+
+        self.correction_metrics = {}
+        if not rollout_correction.is_on(correction) or not self._updates_now():
+            return batches({})
+        members = [step_batch.members_of(batch) for batch in batches({})]
+        made = rollout_correction.correct(members, old, step_batch.sampler_log_probs(groups), correction)
+        self.correction_metrics = made.metrics
+        return batches(made.weights)
 
     def _updates_now(self) -> bool:
         return self.step >= self.config.trainer.critic_warmup
@@ -397,7 +412,7 @@ class Trainer:
         metrics |= self.scorer.pool_metrics
         metrics |= length_metrics(groups, max_prompt=data.max_prompt_length, max_response=data.max_response_length)
         metrics |= balance_metrics(groups, self.workers.actors.loads)
-        metrics |= actor_metrics(updates, actor.kl_loss_coef)
+        metrics |= actor_metrics(updates, actor.kl_loss_coef) | self.correction_metrics
         metrics |= self.kl_control.metrics() if self.config.algorithm.use_kl_in_reward else {}
         metrics |= throughput_metrics(groups, phase.seconds, self.workers.ranks)
         if self.workers.actors.meter is not None:

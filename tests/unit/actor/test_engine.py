@@ -267,3 +267,17 @@ def test_gathered_weights_have_library_names_and_reach_the_sampler_bit_for_bit(
 def test_metrics_merge_by_sum_and_maxima_by_maximum() -> None:
     parts = [{"a": 1.0, "b_max": 3.0}, {"a": 2.0, "b_max": 1.0, "c": 5.0}, {}]
     assert merge_metrics(parts) == {"a": 3.0, "b_max": 3.0, "c": 5.0}
+
+
+def test_importance_weights_scale_the_policy_loss_and_not_the_kl_term(policy: Policy) -> None:
+    groups = ranks.mini_batch(policy)[1:2]
+    half = {
+        s.index: dataclasses.replace(s, is_weights=np.full(len(s.token_ids), 0.5, np.float32))
+        for g in groups
+        for s in g.samples
+    }
+    halved = [TrainGroup(g.prompt, tuple(half[s.index] for s in g.samples)) for g in groups]
+    run = engine(policy, dataclasses.replace(ranks.SPEC, lr=0.0))
+    plain, weighted = (step(run, g) for g in (groups, halved))
+    assert weighted["pg_loss"] == pytest.approx(0.5 * plain["pg_loss"], rel=1e-5)
+    assert weighted["kl_loss"] == pytest.approx(plain["kl_loss"], rel=1e-6)

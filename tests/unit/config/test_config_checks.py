@@ -12,6 +12,7 @@ from verl.config.checks import check_ppo, check_sft
 from verl.config.inert import inert_ppo
 
 A, R = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+C = "algorithm.rollout_correction"
 
 
 def changed(config: Any, changes: dict[str, Any]) -> Any:
@@ -45,7 +46,12 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
         ({f"{R}.temperature": 0.0}, "greedy answers are all the same"),
         ({f"{R}.do_sample": False}, "greedy answers are all the same"),
         ({f"{R}.temperature": -1.0}, "must not be negative"),
-        ({f"{R}.top_p": 0.9}, "not implemented yet; set top_k=-1"),
+        ({f"{R}.top_p": 0.9}, f"set {C}.rollout_is=token, or top_k=-1"),
+        ({f"{C}.rollout_is_threshold": 0.0}, "must be greater than 0"),
+        ({f"{C}.rollout_rs": "token"}, "needs rollout_rs_threshold above 1, got None"),
+        ({f"{C}.rollout_is_batch_normalize": True}, "needs rollout_is"),
+        ({f"{C}.bypass_mode": True, f"{C}.rollout_rs": "token", f"{C}.rollout_rs_threshold": 2.0}, "set bypass_mode=F"),
+        ({f"{C}.loss_type": "reinforce"}, "needs bypass_mode=True"),
         ({f"{R}.top_k": 0}, "must be -1"),
         ({f"{R}.val_kwargs.top_p": 0.0}, f"{R}.val_kwargs.top_p"),
         ({f"{R}.response_length": 5}, "set data.max_response_length"),

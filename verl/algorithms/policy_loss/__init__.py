@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from verl.algorithms.policy_loss.reinforce import reinforce_loss
 from verl.algorithms.policy_loss.vanilla import PolicyLoss, vanilla_loss
 
-POLICY_LOSSES: Mapping[str, Callable[..., PolicyLoss]] = {"vanilla": vanilla_loss}
+POLICY_LOSSES: Mapping[str, Callable[..., PolicyLoss]] = {"vanilla": vanilla_loss, "reinforce": reinforce_loss}
 
-__all__ = ["POLICY_LOSSES", "PolicyLoss", "vanilla_loss"]
+__all__ = ["POLICY_LOSSES", "PolicyLoss", "reinforce_loss", "vanilla_loss"]

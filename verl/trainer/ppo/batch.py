@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -60,6 +61,7 @@ def train_groups(
     ref: LogProbTable,
     loss_agg_mode: str,
     loss_scale_factor: float | None,
+    is_weights: LogProbTable = MappingProxyType({}),
 ) -> list[TrainGroup]:
     """The kept answers of `members` with everything the loss needs. Tables may be empty (column absent)."""
     kept = [(g, kept_answers(groups[g], advantages[g])) for g in members]
@@ -81,11 +83,26 @@ def train_groups(
                     old_log_probs=old.get(index),
                     ref_log_probs=ref.get(index),
                     rollout_log_probs=response.log_probs,
+                    is_weights=is_weights.get(index),
                 )
             )
         if samples:
             result.append(TrainGroup(group.prompt, tuple(samples)))
     return result
+
+
+def sampler_log_probs(groups: Sequence[Group]) -> LogProbTable:
+    """The sampler's own log-probs of every answer."""
+    return {
+        sample_index(g, i, len(group.responses)): response.log_probs
+        for g, group in enumerate(groups)
+        for i, response in enumerate(group.responses)
+    }
+
+
+def members_of(batch: Sequence[TrainGroup]) -> list[int]:
+    """Sample indices of a mini-batch."""
+    return [s.index for g in batch for s in g.samples]
 
 
 def response_tokens(groups: Sequence[TrainGroup]) -> int:

@@ -6,7 +6,7 @@ Metric sums add up over micro-batches and ranks. `*_max` are combined by maximum
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -78,6 +78,8 @@ class PolicyObjective:
     """0 switches the KL term off."""
     kl_kind: str
     entropy_coef: float
+    loss_options: Mapping[str, float | None] = field(default_factory=dict)
+    """Further arguments of the loss."""
 
     @property
     def needs_entropy_grad(self) -> bool:
@@ -103,8 +105,10 @@ class PolicyObjective:
             clip_low=self.clip_low,
             clip_high=self.clip_high,
             clip_dual=self.clip_dual,
+            **self.loss_options,
         )
-        pg_loss = (weights * policy.loss).sum()
+        per_token = policy.loss if columns.is_weights is None else policy.loss * tensor(columns.is_weights)
+        pg_loss = (weights * per_token).sum()
         entropy = (weights * stats.entropy).sum()
         loss = pg_loss
         metrics = {

@@ -143,8 +143,13 @@ def policy_objective(config: PPOConfig) -> PolicyObjective:
     """The objective that the config asks for."""
     actor = config.actor_rollout_ref.actor
     clip_low, clip_high = clip_range(actor)
+    correction = config.algorithm.rollout_correction
+    options: dict[str, float | None] = {}
+    if correction.loss_type == "reinforce":
+        options["bound"] = None if correction.rollout_is is None else correction.rollout_is_threshold
     return PolicyObjective(
-        loss_mode="vanilla",
+        loss_mode="reinforce" if correction.loss_type == "reinforce" else "vanilla",
+        loss_options=options,
         clip_low=clip_low,
         clip_high=clip_high,
         clip_dual=actor.clip_ratio_c,
