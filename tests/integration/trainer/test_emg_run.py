@@ -82,7 +82,7 @@ def taught(data: Data, folder: Path) -> Path:
     create_tiny_model(folder / "tiny", texts_of_parquet([Path(short.file("sft_fit"))]), size=size, seed=0)
     lengths = ["data.max_length=1024", "data.max_prompt_length=900", "data.max_response_length=48"]
     stop = [
-        "trainer.total_epochs=80",
+        "trainer.total_epochs=160",
         "trainer.stop_parse_failure=0.05",
         "trainer.test_freq=16",
         "trainer.save_freq=16",
@@ -134,7 +134,9 @@ def check_parts(answer: dict[str, Any]) -> None:
     if "soft/depth" in answer["extra"]:
         mean = 0.6 if answer["extra"]["soft/depth"] == 0.6 else (3 * 0.6 + 0.2) / 4
         assert parts["soft"] == pytest.approx(min(0.4, mean) if answer["extra"]["soft/capped"] else mean), answer
-        assert bool(answer["extra"]["soft/capped"]) == (STOCK in answer["text"]), answer
+        extension = answer["text"].partition("<extension>")[2].partition("</extension>")[0]
+        letters = "".join(filter(str.isalnum, extension.lower()))
+        assert bool(answer["extra"]["soft/capped"]) == ("refertospecialist" in letters), answer
 
 
 def check_run(run: Run, server: JudgeServer, steps: int) -> None:
@@ -151,7 +153,7 @@ def check_run(run: Run, server: JudgeServer, steps: int) -> None:
             assert row["reward/emg_dataset/soft/mean"] == pytest.approx(sum(soft) / len(soft))
         assert row["critic/score/mean"] == pytest.approx(sum(a["score"] for a in answers) / len(answers))
     softs = {round(a["parts"]["soft"], 6) for answers in trained for a in answers if "soft" in a["parts"]}
-    assert softs - {0.0} and len(softs) < 16 * steps, f"no answer of a step was judged: {softs}"
+    assert softs - {0.0}, f"no answer was judged: {softs}"
     # Each different answer is asked for once over training and validation.
     asked = [seen.body["messages"][1]["content"].splitlines()[1] for seen in server.seen]
     judged = {a["text"] for a in everything if "soft/depth" in a["extra"]}
