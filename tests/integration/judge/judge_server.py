@@ -116,7 +116,8 @@ class JudgeServer:
         try:
             while await self._one(reader, writer):
                 pass
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            # Cancelled when the server stops; asyncio would print a task that ends so.
             pass
         finally:
             writer.close()
