@@ -32,7 +32,7 @@ _STEP_FOLDER = re.compile(r"(^|/)global_step_\d+/?$")
 
 def check_ppo(config: PPOConfig) -> list[str]:
     """Every problem of the config, [] when it can run."""
-    rules: list[Callable[[PPOConfig], Problems]] = [_sizes, _paths, _sampling, _kl, _trainer]
+    rules: list[Callable[[PPOConfig], Problems]] = [_sizes, _placement, _paths, _sampling, _kl, _trainer]
     if not config.trainer.val_only:
         rules += [_batches, _micro_batches, _training_sampling, _correction, _losses, _optim]
     return [problem for rule in rules for problem in rule(config)]
@@ -77,7 +77,7 @@ def _sizes(config: PPOConfig) -> Problems:
     )
     yield from _pixels(data.min_pixels, data.max_pixels)
     tp = rollout.tensor_model_parallel_size
-    if rollout.name == "vllm" and tp > 0 and trainer.n_gpus_per_node % tp:
+    if config.actor_rollout_ref.hybrid_engine and rollout.name == "vllm" and tp > 0 and trainer.n_gpus_per_node % tp:
         gpus = f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}"
         yield f"{_ROLLOUT}.tensor_model_parallel_size={tp} does not divide {gpus}"
     if rollout.name == "vllm" and tp > 1 and trainer.device == "cpu":
@@ -94,6 +94,22 @@ def _sizes(config: PPOConfig) -> Problems:
             f"{_ROLLOUT}.max_model_len={rollout.max_model_len} is less than data.max_prompt_length +"
             f" data.max_response_length = {longest}; set it to null or at least {longest}"
         )
+
+
+def _placement(config: PPOConfig) -> Problems:
+    rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
+    if config.actor_rollout_ref.hybrid_engine:
+        return
+    key = "actor_rollout_ref.hybrid_engine=False"
+    if trainer.device == "cpu":
+        yield f"{key} puts actor and rollout on GPUs of their own, and trainer.device=cpu has none; set it to True"
+    for name, value in (("nnodes", rollout.nnodes), ("n_gpus_per_node", rollout.n_gpus_per_node)):
+        if value < 1:
+            yield f"{_ROLLOUT}.{name}={value} must be at least 1: {key} gives the rollout GPUs of its own"
+    tp = rollout.tensor_model_parallel_size
+    if rollout.name == "vllm" and tp > 0 and rollout.n_gpus_per_node % tp:
+        gpus = f"{_ROLLOUT}.n_gpus_per_node={rollout.n_gpus_per_node}"
+        yield f"{_ROLLOUT}.tensor_model_parallel_size={tp} does not divide {gpus}"
 
 
 def _pixels(smallest: int | None, largest: int | None) -> Problems:
@@ -349,6 +365,9 @@ def _sft_data(config: SFTConfig) -> Problems:
     if data.max_length < data.max_prompt_length:
         yield f"data.max_length={data.max_length} is less than data.max_prompt_length={data.max_prompt_length}"
     yield from _fsdp("model.fsdp_config", config.model.fsdp_config, ranks)
+    for name in ("param_offload", "optimizer_offload", "reshard_after_forward"):
+        if getattr(config.model.fsdp_config, name) == "auto":
+            yield f"model.fsdp_config.{name}=auto is for RL, whose memory is planned; set it to True or False"
     yield from _draw("rollout", config.rollout)
     yield from _scoring(config.reward)
 

@@ -141,9 +141,9 @@ def _actor(config: PPOConfig) -> Inert:
 
 def _offload(node: str, fsdp: FSDPConfig, device: str) -> Inert:
     on_host = {"param_offload": fsdp.param_offload, "optimizer_offload": fsdp.optimizer_offload}
-    for name in (name for name, asked in on_host.items() if asked and device == "cpu"):
+    for name in (name for name, asked in on_host.items() if asked is True and device == "cpu"):
         yield f"{node}.{name}", "trainer.device=cpu has no other memory than the host's"
-    if fsdp.optimizer_offload and fsdp.param_offload:
+    if fsdp.optimizer_offload is True and fsdp.param_offload is True:
         yield f"{node}.optimizer_offload", f"{node}.param_offload=True keeps the optimizer state on the host already"
 
 

@@ -110,7 +110,7 @@ PPO_RULES: dict[str, Rule] = {
     "actor_rollout_ref.actor.entropy_from_logits_with_chunking": warn("the entropy is always made in chunks", True),
     "actor_rollout_ref.actor.entropy_checkpointing": missing(False),
     "actor_rollout_ref.*.fsdp_config.wrap_policy.*": warn(_BY_BLOCK, 0, None),
-    "actor_rollout_ref.*.fsdp_config.reshard_after_forward": missing(True),
+    "actor_rollout_ref.ref.fsdp_config.reshard_after_forward": warn("the reference is always resharded", True),
     "actor_rollout_ref.*.fsdp_config.offload_policy": missing(False),
     "actor_rollout_ref.*.fsdp_config.forward_prefetch": missing(False),
     "actor_rollout_ref.*.fsdp_config.seed": missing(None),
@@ -214,9 +214,6 @@ PPO_VALUES: dict[str, dict[Any, Rule]] = {
     "algorithm.kl_penalty": {"full": error("not implemented; set algorithm.kl_penalty=kl or low_var_kl")},
     "actor_rollout_ref.actor.strategy": {"megatron": error(_MEGATRON)},
     "actor_rollout_ref.rollout.name": {"sglang": error("not supported; set actor_rollout_ref.rollout.name=vllm or hf")},
-    "actor_rollout_ref.hybrid_engine": {
-        False: error("split placement is not implemented yet; set actor_rollout_ref.hybrid_engine=True")
-    },
     "actor_rollout_ref.rollout.load_format": {"dummy*": alias("dummy")},
     "actor_rollout_ref.rollout.dtype": _TO_DTYPE,
     **{f"actor_rollout_ref.actor.fsdp_config.{name}": _TO_PRECISION for name in _FSDP},

@@ -19,6 +19,8 @@ WarmupStyle = Literal["constant", "cosine"]
 RolloutName = Literal["hf", "vllm"]
 RolloutDtype = Literal["bfloat16", "float32", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Switch = bool | Literal["auto"]
+"""auto: the memory plan decides at the start, and says what and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +39,12 @@ class MixedPrecisionConfig:
 class FSDPConfig:
     """How the trained model is sharded."""
 
-    param_offload: bool
-    """Keep the weights in host memory while the actor does not compute."""
-    optimizer_offload: bool
-    """Keep the optimizer state in host memory between updates; the numbers do not change."""
+    param_offload: Switch
+    """Keep the weights in host memory while the actor does not compute; auto: only where memory demands it."""
+    optimizer_offload: Switch
+    """Keep the optimizer state in host memory between updates; the numbers do not change. auto as above."""
+    reshard_after_forward: Switch
+    """Free a block's gathered weights after its forward and gather them again in the backward pass. auto as above."""
     fsdp_size: int
     """Ranks that share one copy of the model; -1: all of them. Must divide the number of ranks."""
     model_dtype: Precision
@@ -52,8 +56,8 @@ class FSDPConfig:
 class RefFSDPConfig:
     """How the frozen reference is sharded."""
 
-    param_offload: bool
-    """Keep the reference in host memory while it does not compute."""
+    param_offload: Switch
+    """Keep the reference in host memory while it does not compute; auto: only where memory demands it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +72,8 @@ class ModelConfig:
     """Run python code that comes with the tokenizer."""
     override_config: Mapping[str, Any]
     """Fields of the model's config.json to replace."""
-    enable_gradient_checkpointing: bool
-    """Recompute activations in the backward pass."""
+    enable_gradient_checkpointing: Switch
+    """Recompute activations in the backward pass; auto: only where memory demands it."""
     use_remove_padding: bool
     """Packed forward. It is the only path: False changes nothing."""
 
@@ -245,9 +249,9 @@ class RolloutConfig:
     """vllm: batch sizes with a CUDA graph; null: a handful up to the largest batch of a step."""
     engine_kwargs: EngineKwargsConfig
     nnodes: int
-    """Split placement only: nodes of the rollout engines."""
+    """hybrid_engine=False: nodes of the rollout engines."""
     n_gpus_per_node: int
-    """Split placement only: their GPUs."""
+    """hybrid_engine=False: their GPUs on each node."""
     log_prob_micro_batch_size: int | None
     """Deprecated: samples per old-log-prob forward over all GPUs."""
     log_prob_micro_batch_size_per_gpu: int | None
@@ -265,7 +269,7 @@ class ActorRolloutRefConfig:
     """The workers."""
 
     hybrid_engine: bool
-    """True: actor and rollout share the GPUs. Split placement is not implemented yet."""
+    """True: actor and rollout share the GPUs. False: the rollout has its own, rollout.nnodes x n_gpus_per_node."""
     model: ModelConfig
     actor: ActorConfig
     ref: RefConfig

@@ -86,6 +86,10 @@ class WorkerGroup:
     def pids(self) -> list[int]:
         return self._collect("pid", [s.pid.remote() for s in self.shells])
 
+    def gpu_bytes(self) -> int:
+        """Memory of the smallest GPU of this group."""
+        return min(self._collect("look at the GPU", [s.gpu_bytes.remote() for s in self.shells]))
+
     def all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """The same call on every rank; results in rank order."""
         return self.wait(self.start(method, [args] * self.size, **kwargs))

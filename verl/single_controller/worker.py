@@ -50,6 +50,12 @@ class WorkerShell:
     def pid(self) -> int:
         return os.getpid()
 
+    def gpu_bytes(self) -> int:
+        """Memory of this process's GPU."""
+        import torch
+
+        return torch.cuda.mem_get_info()[1]
+
     def build(self, factory: Any, *args: Any, **kwargs: Any) -> WorkerFailure | None:
         """Make the worker. Returns the failure, if any."""
 

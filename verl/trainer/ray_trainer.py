@@ -101,6 +101,7 @@ class Trainer:
             prompts = self._next_prompts()
             with phase("gen"):
                 scoring, responses = self._generate(prompts, self.sampling, self.step)
+                self.workers.rest()
             with phase("reward"):
                 groups = self._score(scoring, responses)
             minis = self._cut(len(groups))
@@ -131,13 +132,19 @@ class Trainer:
         self.norm_by_std = config.algorithm.norm_adv_by_std_in_grpo
         self._open_run(checkpoint.step if checkpoint else 0)
         self.checkpoints.forget_best_after(checkpoint.step if checkpoint else 0)
-        self.workers = start_workers(config, self.data.stores, self.plan.optimizer_steps, self.scorer.manager)
+        self.workers = start_workers(
+            config, self.data.stores, self.plan.optimizer_steps, self.scorer.manager, prompts=self._train_prompts()
+        )
         self.scorer.pool = self.workers.rewards
         print(f"actor: {self.workers.actors.describe()}; rollout: {config.actor_rollout_ref.rollout.name} on "
               f"{self.workers.device}; weights from {self.weights_from}", flush=True)  # fmt: skip
         if checkpoint is not None:
             self._resume(checkpoint)
         self._sync()
+
+    def _train_prompts(self) -> list[Prompt]:
+        assert self.data.train is not None
+        return [self.data.train[i] for i in range(len(self.data.train))]
 
     def _find_checkpoint(self) -> Checkpoint | None:
         """What the run starts from. An evaluation takes only a checkpoint that was named."""

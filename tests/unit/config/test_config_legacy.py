@@ -117,7 +117,6 @@ def test_old_and_new_name_with_different_values_are_an_error_and_with_equal_valu
         ("algorithm.adv_estimator=rloo", "not implemented yet"),
         ("actor_rollout_ref.actor.strategy=megatron", "fsdp2"),
         ("actor_rollout_ref.rollout.name=sglang", "vllm or hf"),
-        ("actor_rollout_ref.hybrid_engine=False", "not implemented yet"),
         ("reward_model.enable=True", "custom_reward_function.path"),
         ("reward_model.reward_manager=mine", "expected one of naive"),
         ("actor_rollout_ref.model.lora_rank=32", "not implemented yet"),

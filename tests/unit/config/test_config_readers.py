@@ -24,7 +24,6 @@ COUNTED = ("derived.py", "plan.py")
 """Modules of verl/config that count: the trainer uses what they compute."""
 
 ONE_VALUE = {
-    "actor_rollout_ref.hybrid_engine": "only True is implemented, checked at start",
     "actor_rollout_ref.model.use_remove_padding": "the packed forward is the only one, False warns",
     "actor_rollout_ref.actor.strategy": "both values run FSDP2, others are refused",
     "actor_rollout_ref.rollout.prompt_length": "must equal data.max_prompt_length, checked at start",

@@ -74,6 +74,12 @@ class Recording(RolloutEngine):
     def end_update(self) -> None:
         self.events.append("end")
 
+    def sleep(self, level: int) -> None:
+        self.events.append(f"sleep {level}")
+
+    def wake(self, tags: Sequence[str] | None = None) -> None:
+        self.events.append(f"wake {tags}")
+
 
 class Actor:
     """What the driver sees of an actor worker."""
@@ -88,6 +94,7 @@ class Rollout:
     def __init__(self, engine: Recording, expected: Mapping[str, Sequence[int]]) -> None:
         self.engine = engine
         self.weights = WeightReceiver(engine, expected, CPU)
+        self.sleep, self.wake = engine.sleep, engine.wake
 
 
 def parameters(count: int = 7, *, seed: int = 0) -> dict[str, Tensor]:

@@ -15,7 +15,9 @@ import torch
 from simulated import CPU, Actor, Recording, Rollout, Threads, parameters, shapes
 from torch import Tensor
 
+from verl.config import load
 from verl.single_controller.group import WorkerError
+from verl.trainer.ppo.cluster import Workers
 from verl.workers.weight_sync.channels import MappedReceiveEnd
 from verl.workers.weight_sync.sender import Transport, WeightSender
 from verl.workers.weight_sync.sync import WeightSync, choose_transport
@@ -162,3 +164,29 @@ def test_mapped_memory_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest
 
 def test_processes_that_share_a_gpu_map_and_others_broadcast() -> None:
     assert (choose_transport(colocated=True), choose_transport(colocated=False)) == ("mapped", "broadcast")
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_an_engine_that_sleeps_wakes_in_stages_around_the_weights(sleeps: bool) -> None:
+    """Weights first, so that they can arrive; the cache after the last of them."""
+    of, engine = parameters(2), Recording()
+    actors = Threads("actor", [Actor(of, max_bytes=ONE_EACH)])
+    rollouts = Threads("rollout", [Rollout(engine, shapes(of))])
+    small = [
+        "actor_rollout_ref.rollout.n=2",
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",
+        "trainer.n_gpus_per_node=1",
+    ]
+    config = load("ppo_trainer", [*small, f"actor_rollout_ref.rollout.free_cache_engine={sleeps}"])
+    workers = Workers(actors, rollouts, ranks=1, device="cpu", config=config)
+    workers.connect()
+    update = ["begin", "bucket", "bucket", "end"]
+    for _ in range(2):
+        engine.events.clear()
+        workers.rest()
+        assert workers.sync(with_checksum=True)["weight_sync/bytes"] == 2 * 4096
+        expected = ["sleep 2", "wake ['weights']", *update, "wake ['kv_cache']"] if sleeps else update
+        assert engine.events == expected
+    engine.events.clear()
+    workers.sync(with_checksum=False)
+    assert engine.events == update, "an engine that is awake is not woken"

@@ -1,4 +1,4 @@
-"""Starts the workers of a run: colocated, one bundle per rank holding an actor and a rollout worker."""
+"""Starts the workers of a run where the placement says, with the memory switches that the plan decided."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from verl.config import PPOConfig
-from verl.single_controller.cluster import Resources, reserve, start_ray
+from verl.models.policy import check_model_folder
+from verl.protocol import Prompt
+from verl.single_controller.cluster import Placement, Resources, reserve, start_ray
 from verl.single_controller.group import WorkerGroup
-from verl.trainer.ppo.workers import Actors, Rollouts, peak_memory
+from verl.trainer.ppo.placement import plan_placement
+from verl.trainer.ppo.switches import LargestPrompt, decide, without_plan
+from verl.trainer.ppo.workers import PATCH_WEIGHT, Actors, Rollouts, peak_memory
 from verl.workers.reward_manager import RewardManager
 from verl.workers.reward_manager.pool import RewardPool, default_workers
 from verl.workers.runtime import resolve_device
@@ -29,6 +33,7 @@ class Workers:
     ranks: int
     device: str
     config: PPOConfig
+    """As the workers see it: without `auto`."""
     rewards: RewardPool | None = None
     """None: the driver scores."""
 
@@ -39,6 +44,7 @@ class Workers:
         tp = rollout.tensor_model_parallel_size if rollout.name == "vllm" else 1
         self.rollouts = Rollouts(self.rollout_group, tp)
         self._weights: WeightSync | None = None
+        self._asleep = False
 
     @property
     def groups(self) -> list[WorkerGroup]:
@@ -54,10 +60,23 @@ class Workers:
         self._weights = WeightSync(self.actor_group, self.rollout_group, transport)
 
     def sync(self, *, with_checksum: bool) -> dict[str, float]:
-        """Bring the actor's present weights into every engine; metrics."""
-        assert self._weights is not None, "sync before connect"
+        """Bring the actor's present weights into every engine, awake afterwards; metrics."""
+        assert self._weights is not None and self.actor_group is not None, "sync before connect"
+        if self._asleep:
+            # In stages: the weights are overwritten before the cache takes the rest.
+            self.actor_group.all("weights.make_room")
+            self.rollout_group.all("wake", ["weights"])
         synced = self._weights(with_checksum=with_checksum)
+        if self._asleep:
+            self.rollout_group.all("wake", ["kv_cache"])
+            self._asleep = False
         return {"weight_sync/bytes": float(synced.nbytes), "weight_sync/checked": float(synced.checked)}
+
+    def rest(self) -> None:
+        """The engines give their memory to the actor until the next `sync`, where the plan needs it."""
+        if self.actor_group is not None and self.config.actor_rollout_ref.rollout.free_cache_engine:
+            self.rollout_group.all("sleep", 2)
+            self._asleep = True
 
     def close(self) -> None:
         for group in self.groups:
@@ -78,38 +97,41 @@ def start_workers(
     manager: RewardManager | None,
     *,
     actors: bool = True,
+    prompts: Sequence[Prompt] = (),
 ) -> Workers:
-    """Start Ray, reserve one bundle per rank and build all workers. `actors=False`: the run only generates.
+    """Start Ray, reserve a bundle per rank, plan the memory and build all workers.
 
-    Without a `manager` nothing is scored.
+    `actors=False`: the run only generates. Without a `manager` nothing is scored. `prompts` are those that will be
+    trained on: the longest decides how much memory a micro-batch takes.
     """
-    trainer = config.trainer
-    resources = Resources(trainer.nnodes, trainer.n_gpus_per_node, resolve_device(trainer.device))
+    placement = plan_placement(config, resolve_device(config.trainer.device))
     start_ray()
-    bundles = reserve(resources, _START_TIMEOUT)
-    gpu_share = 0.5 if resources.device == "cuda" else 0.0
+    bundles = reserve(placement.actors, _START_TIMEOUT) if actors or placement.colocated else None
+    own = bundles if placement.colocated else reserve(placement.rollouts, _START_TIMEOUT)
 
-    def group(name: str) -> WorkerGroup:
+    def group(name: str, where: Placement, resources: Resources) -> WorkerGroup:
         return WorkerGroup(
             name,
-            bundles=bundles,
+            bundles=where,
             size=resources.ranks,
-            gpus=gpu_share,
+            gpus=placement.gpu_share,
             threads=resources.threads,
             timeout=_CALL_TIMEOUT,
         )
 
+    actor_group = group("actor", bundles, placement.actors) if actors else None
+    config = _decide_memory(config, actor_group, prompts)
     workers = Workers(
-        actor_group=group("actor") if actors else None,
-        rollout_group=group("rollout"),
-        ranks=resources.ranks,
-        device=resources.device,
+        actor_group=actor_group,
+        rollout_group=group("rollout", own, placement.rollouts),
+        ranks=placement.gpus,
+        device=placement.actors.device,
         config=config,
         rewards=None if manager is None else start_reward_pool(config, manager),
     )
     try:
         if actors:
-            workers.actors.build(config, resources, stores, optimizer_steps)
+            workers.actors.build(config, placement.actors, stores, optimizer_steps)
         workers.rollouts.build(config, stores, waits_for_weights=actors)
         if actors:
             workers.connect()
@@ -121,6 +143,18 @@ def start_workers(
         workers.close()
         raise
     return workers
+
+
+def _decide_memory(config: PPOConfig, actors: WorkerGroup | None, prompts: Sequence[Prompt]) -> PPOConfig:
+    """The config without `auto`; prints what was decided and why. Raises ValueError when the run cannot fit."""
+    if actors is None or resolve_device(config.trainer.device) != "cuda":
+        return without_plan(config)
+    folder = check_model_folder(config.actor_rollout_ref.model.path)
+    decided, plan = decide(
+        config, folder, LargestPrompt.of(prompts), device=actors.gpu_bytes(), patch_weight=PATCH_WEIGHT
+    )
+    print(plan.table(), flush=True)
+    return decided
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
-from verl.config.nodes import FSDPConfig, ModelConfig, OptimConfig
+from verl.config.nodes import FSDPConfig, ModelConfig, OptimConfig, Switch
 from verl.models.policy import Policy, load_policy
 from verl.utils.checkpoint.hf_export import export_huggingface
 from verl.utils.checkpoint.manager import Checkpoint
@@ -27,7 +28,7 @@ def build_policy(
     device: str,
     trained: bool,
     freeze_vision: bool = False,
-    offload: bool = False,
+    offload: Switch = False,
 ) -> Policy:
     """The sharded policy of a model folder.
 
@@ -40,7 +41,7 @@ def build_policy(
         folder,
         tokenizer,
         dtype=compute_dtype(fsdp.model_dtype, device) if trained else param_dtype,
-        checkpointing=model.enable_gradient_checkpointing and trained,
+        checkpointing=trained and _decided(model.enable_gradient_checkpointing),
         overrides=model.override_config,
     )
     buffers = dtype_of(precision.buffer_dtype)
@@ -52,10 +53,16 @@ def build_policy(
     spec = ShardSpec(
         param_dtype=param_dtype,
         reduce_dtype=compute_dtype(precision.reduce_dtype, device),
-        offload=offload and device == "cuda",
+        offload=_decided(offload) and device == "cuda",
+        reshard_after_forward=not trained or _decided(fsdp.reshard_after_forward),
     )
     # fully_shard moves block by block: the whole model never stands on one device
     return shard(policy, build_mesh(device, fsdp.fsdp_size), spec)
+
+
+def _decided(switch: Switch) -> bool:
+    assert isinstance(switch, bool), f"a switch is {switch!r}: the memory plan decides it before workers are built"
+    return switch
 
 
 def build_runner(policy: Policy, patches: PatchSource, device: str, temperature: float) -> PackedRunner:
@@ -66,7 +73,7 @@ def build_train_engine(
     runner: PackedRunner, optim: OptimConfig, fsdp: FSDPConfig, *, clip_grad: float, optimizer_steps: int
 ) -> TrainEngine:
     # With param_offload FSDP2 updates on the host, and the state lies there anyway.
-    offload = fsdp.optimizer_offload and not fsdp.param_offload
+    offload = _decided(fsdp.optimizer_offload) and not _decided(fsdp.param_offload)
     spec = optim_spec(optim, clip_grad=clip_grad, optimizer_steps=optimizer_steps)
     return TrainEngine(runner, spec, offload_optimizer=offload)
 
@@ -83,6 +90,9 @@ def save_engine(engine: TrainEngine, checkpoint: Checkpoint, *, source: Path, dt
 
 def load_engine(engine: TrainEngine, checkpoint: Checkpoint, clock: dict[str, int] | None = None) -> None:
     """Restore what `save_engine` wrote, on any number of ranks. Without `clock` the weights alone. Collective."""
+    for module in engine.policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what a forward left gathered would outlive the weights it was gathered from
     load_sharded(checkpoint.model, model_state(engine.policy.hf))
     if clock is not None:
         load_optimizer(checkpoint.optimizer, engine.policy.hf, engine.optimizer)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from verl.config import PPOConfig, clip_range, uses_reference
+from verl.config.nodes import Switch
 from verl.models.policy import Policy, check_model_folder
 from verl.protocol import LogProbs, TrainGroup
 from verl.utils.checkpoint.manager import Checkpoint
@@ -77,7 +78,7 @@ class ActorWorker:
             self.reference = self._runner(self._policy(trained=False, offload=ref.fsdp_config.param_offload))
         self.weights = self._sender(policy)
 
-    def _policy(self, *, trained: bool, offload: bool, freeze_vision: bool = False) -> Policy:
+    def _policy(self, *, trained: bool, offload: Switch, freeze_vision: bool = False) -> Policy:
         workers = self.config.actor_rollout_ref
         return build_policy(
             self.folder,

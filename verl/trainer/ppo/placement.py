@@ -1,0 +1,51 @@
+"""Where the processes of a run stand: on the same GPUs, or actor and rollout on GPUs of their own. Pure planning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from verl.config import PPOConfig
+from verl.single_controller.cluster import Resources
+
+
+@dataclass(frozen=True)
+class PlacementPlan:
+    """Bundles of the actor and of the rollout; `colocated`: they are the same ones."""
+
+    actors: Resources
+    rollouts: Resources
+    colocated: bool
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the whole run (on a CPU: ranks)."""
+        return self.actors.ranks if self.colocated else self.actors.ranks + self.rollouts.ranks
+
+    @property
+    def gpu_share(self) -> float:
+        """Of its bundle's GPU that a worker asks Ray for."""
+        if self.actors.device != "cuda":
+            return 0.0
+        return 0.5 if self.colocated else 1.0
+
+    def describe(self) -> str:
+        if self.colocated:
+            return f"{self.actors.ranks} ranks, actor and rollout side by side"
+        return f"{self.actors.ranks} actor ranks and {self.rollouts.ranks} rollout ranks on {self.actors.device} each"
+
+
+def plan_placement(config: PPOConfig, device: str, *, split_on_cpu: bool = False) -> PlacementPlan:
+    """The plan of `actor_rollout_ref.hybrid_engine`. Raises ValueError for a split run on a CPU.
+
+    `split_on_cpu` is for tests of the split program where there is no GPU.
+    """
+    trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
+    actors = Resources(trainer.nnodes, trainer.n_gpus_per_node, device)
+    if config.actor_rollout_ref.hybrid_engine:
+        return PlacementPlan(actors, actors, colocated=True)
+    if device == "cpu" and not split_on_cpu:
+        raise ValueError(
+            "actor_rollout_ref.hybrid_engine=False puts actor and rollout on GPUs of their own, and this run is on "
+            "the CPU: set actor_rollout_ref.hybrid_engine=True"
+        )
+    return PlacementPlan(actors, Resources(rollout.nnodes, rollout.n_gpus_per_node, device), colocated=False)
