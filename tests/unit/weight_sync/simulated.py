@@ -84,16 +84,23 @@ class Recording(RolloutEngine):
 class Actor:
     """What the driver sees of an actor worker."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], *, max_bytes: int, dtype: torch.dtype = torch.float32) -> None:
-        self.weights = WeightSender(parameters, dtype=dtype, device=CPU, max_bytes=max_bytes)
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        *,
+        max_bytes: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+    ) -> None:
+        self.weights = WeightSender(parameters, dtype=dtype, device=device, max_bytes=max_bytes)
 
 
 class Rollout:
     """What the driver sees of a rollout worker."""
 
-    def __init__(self, engine: Recording, expected: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, engine: Recording, expected: Mapping[str, Sequence[int]], device: torch.device = CPU) -> None:
         self.engine = engine
-        self.weights = WeightReceiver(engine, expected, CPU)
+        self.weights = WeightReceiver(engine, expected, device)
         self.sleep, self.wake = engine.sleep, engine.wake
 
 
