@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from verl.config.nodes import FSDPConfig, ModelConfig, OptimConfig, Switch
 from verl.models.policy import Policy, load_policy
@@ -14,7 +13,7 @@ from verl.utils.checkpoint.hf_export import export_huggingface
 from verl.utils.checkpoint.manager import Checkpoint
 from verl.utils.checkpoint.sharded import load_optimizer, load_sharded, model_state, save_optimizer, save_sharded
 from verl.utils.dataset.patches import PatchSource
-from verl.workers.actor.engine import PackedRunner, ShardSpec, TrainEngine, shard
+from verl.workers.actor.engine import PackedRunner, ShardSpec, TrainEngine, reshard, shard
 from verl.workers.actor.optim import optim_spec
 from verl.workers.runtime import build_mesh, compute_dtype, dtype_of
 
@@ -90,9 +89,7 @@ def save_engine(engine: TrainEngine, checkpoint: Checkpoint, *, source: Path, dt
 
 def load_engine(engine: TrainEngine, checkpoint: Checkpoint, clock: dict[str, int] | None = None) -> None:
     """Restore what `save_engine` wrote, on any number of ranks. Without `clock` the weights alone. Collective."""
-    for module in engine.policy.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # what a forward left gathered would outlive the weights it was gathered from
+    reshard(engine.policy)  # what a forward left gathered would outlive the weights it was gathered from
     load_sharded(checkpoint.model, model_state(engine.policy.hf))
     if clock is not None:
         load_optimizer(checkpoint.optimizer, engine.policy.hf, engine.optimizer)
