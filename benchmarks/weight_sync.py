@@ -2,7 +2,7 @@
 
     python3 benchmarks/weight_sync.py                                        # 3B shape, one GPU
     python3 benchmarks/weight_sync.py --transport broadcast                  # 3B shape, two GPUs
-    python3 benchmarks/weight_sync.py --model-size tiny --device cpu --out /tmp/x   # the same code on a CPU
+    python3 benchmarks/weight_sync.py --model-size tiny --device cpu            # the same code on a CPU
 
 The actor holds fp32 weights and casts while it fills the buckets; the rollout copies each tensor into its own bf16
 weights, as an engine does that keeps the library's layout. (vLLM's loader is slower than these copies: the whole-step
