@@ -1,0 +1,128 @@
+"""Every task's scripts: data, one SFT step, one GRPO step from its checkpoint, with a tiny model on a CPU.
+
+The scripts run as they are, but for the python they start: it writes its arguments down, and the run then happens in
+this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from in_process import rl_here, sft_here
+from runs import ROOT, Run
+from small_archives import write_har, write_whales
+
+from verl.models.tiny import TinySize, create_tiny_model, texts_of_parquet
+from verl.timeseries import build
+
+SIZE = TinySize(
+    hidden=32, layers=1, mlp=64, vision_hidden=32, vision_layers=1, vision_mlp=64, max_vocabulary=400, context=2048
+)
+SMALL_SFT = (
+    "data.train_batch_size=4",
+    "data.micro_batch_size_per_gpu=4",
+    "data.max_response_length=8",
+    "data.max_length=1900",
+    "data.max_prompt_length=1600",
+    "trainer.total_training_steps=1",
+    "trainer.device=cpu",
+    "model.enable_gradient_checkpointing=False",
+)
+SMALL_RL = (
+    "data.train_batch_size=2",
+    "data.max_prompt_length=1600",
+    "data.max_response_length=8",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+    "actor_rollout_ref.rollout.n=2",
+    "trainer.total_training_steps=1",
+    "trainer.val_before_train=False",
+    "trainer.device=cpu",
+    "trainer.logger=[console]",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task, a modality, and where its archive comes from."""
+
+    task: str
+    modality: str
+    source: Callable[[Path], Path] | str
+    """Writes a small archive into a folder, or the folder's place among the real archives."""
+    options: tuple[str, ...] = ()
+
+
+def _few(rows: int, *options: str) -> tuple[str, ...]:
+    return (f"limit={rows}", *options)
+
+
+CASES = [
+    Case("har", "numeric", write_har, _few(12, "numeric.points=16")),
+    Case("rcw", "image", write_whales),
+    pytest.param(Case("har", "image", write_har, _few(12)), marks=pytest.mark.slow),
+    pytest.param(Case("tee", "image", "ucr/Lightning7", _few(14)), marks=pytest.mark.slow),
+    pytest.param(Case("ecg", "image", "cinc2017", _few(16)), marks=pytest.mark.slow),
+    pytest.param(Case("ctu", "image", "ucr/Computers", _few(10)), marks=pytest.mark.slow),
+    pytest.param(Case("emg", "image", "physionet_emgdb", _few(12)), marks=pytest.mark.slow),
+    pytest.param(Case("tee", "numeric", "ucr/Lightning7", _few(14, "numeric.points=40")), marks=pytest.mark.slow),
+]
+
+
+def overrides_of(script: str, folder: Path, *extra: str, **environment: str) -> list[str]:
+    """What the script would start python with, after its module's name."""
+    folder.mkdir(exist_ok=True)
+    fake = folder / "python3"
+    fake.write_text(
+        '#!/usr/bin/env bash\nfor argument in "$@"; do printf "%s\\0" "$argument"; done > "$ARGUMENTS_FILE"\n'
+    )
+    fake.chmod(0o755)
+    written = folder / "arguments"
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "VIRTUAL_ENV": str(folder), "N_GPUS": "1"}
+    env |= {"ARGUMENTS_FILE": str(written), **environment}
+    subprocess.run(["bash", str(ROOT / script), *extra], env=env, check=True, timeout=60, capture_output=True)
+    arguments = written.read_text().split("\0")[:-1]
+    assert arguments[0] == "-m", arguments[:3]
+    return arguments[2:]
+
+
+def last_model(run: Run) -> str:
+    step = int((run.folder / "latest_checkpointed_iteration.txt").read_text())
+    return str(run.checkpoint(step) / "actor" / "huggingface")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.task}-{case.modality}")
+def test_a_task_trains_with_sft_then_grpo_from_its_scripts(
+    case: Case, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    if isinstance(case.source, str):
+        source: Path = request.getfixturevalue("archives") / case.source
+    else:
+        source = case.source(tmp_path / "archive")
+    data = tmp_path / "data"
+    arguments = [f"task={case.task}", f"source={source}", f"modality={case.modality}", f"output={data}", "workers=1"]
+    assert build.main([*arguments, *case.options]) == 0
+    tiny = tmp_path / "tiny"
+    create_tiny_model(tiny, texts_of_parquet([data / "sft_fit.parquet"]), size=SIZE, seed=0)
+    shared = {"DATA": str(data), "MODALITY": case.modality, "JUDGE": "False"}
+
+    sft = tmp_path / "sft"
+    script = f"example/sft/run_{case.task}_sft.sh"
+    extra = (*SMALL_SFT, f"trainer.default_local_dir={sft}")
+    run = sft_here(overrides_of(script, tmp_path / "bin", *extra, MODEL_PATH=str(tiny), **shared), sft).ok()
+    assert [row["training/global_step"] for row in run.rows if "training/global_step" in row] == [1.0]
+
+    rl = tmp_path / "rl"
+    script = f"example/grpo_trainer/run_{case.task}.sh"
+    extra = (*SMALL_RL, f"trainer.default_local_dir={rl}")
+    started = overrides_of(script, tmp_path / "bin", *extra, MODEL_PATH=last_model(run), **shared)
+    run = rl_here(started, rl).ok()
+    assert list(run.steps) == [1] and (rl / "global_step_1").is_dir()
+    (report,) = run.report("test")["reports"].values()
+    card = json.loads((data / "data_card.json").read_text())
+    assert report["n_prompts"] == card["rows"]["test"]

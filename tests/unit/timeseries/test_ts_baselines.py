@@ -1,0 +1,54 @@
+"""Invariants of `verl.timeseries.baselines`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from verl.timeseries import get_task
+from verl.timeseries.baselines import BASELINES, BaselineScore, main, score, table
+
+
+def test_majority_and_nearest_neighbour_are_their_definitions() -> None:
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(size=(30, 2, 9)), rng.normal(size=(11, 2, 9))
+    labels = ["a"] * 12 + ["b"] * 18
+    assert list(BASELINES["majority"](train, labels, test, 0)) == ["b"] * 11
+    nearest = [labels[int(((train - row) ** 2).sum(axis=(1, 2)).argmin())] for row in test]
+    assert list(BASELINES["1-NN"](train, labels, test, 0)) == nearest
+
+
+def test_a_one_percent_difference_in_the_table_is_beside_its_standard_error() -> None:
+    found = BaselineScore("ctu", "1-NN", 250, (0.57, 0.58), 0.57, 1.0)
+    assert found.accuracy == pytest.approx(0.575)
+    assert found.standard_error == pytest.approx(math.sqrt(0.575 * 0.425 / 250))
+    assert "| ctu | 250 | 57.5 +- 3.1 / 57.0 |" in table([found])
+
+
+@pytest.mark.parametrize(("name", "folder", "accuracy"), [("ctu", "Computers", 0.576), ("tee", "Lightning7", 0.5753)])
+def test_one_nn_has_the_published_accuracy(name: str, folder: str, accuracy: float, archives: Path) -> None:
+    task = get_task(name)
+    found = score(task, task.reader.read(archives / "ucr" / folder, task), "1-NN", [1])
+    assert found.accuracy == pytest.approx(accuracy, abs=5e-5)
+
+
+@pytest.mark.slow
+def test_rocket_is_near_its_published_accuracy_on_lightning7(archives: Path) -> None:
+    task = get_task("tee")
+    found = score(task, task.reader.read(archives / "ucr" / "Lightning7", task), "ROCKET", [1, 2, 3])
+    assert found.accuracy == pytest.approx(0.823, abs=0.03)
+
+
+def test_series_of_different_lengths_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["japanese_vowels", "--baselines", "1-NN"]) == 2
+    assert "series of" in capsys.readouterr().err
+
+
+def test_minirocket_separates_gun_from_point(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gun_point", "--baselines", "majority", "MiniRocket"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| gun_point"))
+    majority, rocket = (float(cell.split(" +-")[0]) for cell in row.strip("| ").split("|")[2:])
+    assert majority < 55 and rocket > 90, row
