@@ -2,8 +2,8 @@
 
 Invariants
 - `describe` takes the series and the task, never the label: rows with the same values get the same text.
-- Every word comes from the fixed phrases below and the task's panel and channel names.
-- Measures do not change when a series without fixed limits is shifted or scaled.
+- Every word comes from the fixed phrases below and the task's panel and channel names; numbers carry a unit.
+- Measures do not change when a series without fixed limits is shifted or scaled; only the span in the task's unit does.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ STRENGTH: Scale = (
     (0.03, 0.08, 0.16, 0.35, 0.65),
     ("absent", "faint", "weak", "moderate", "strong", "very strong"),
 )
+SPACING: Scale = ((0.1, 0.25), ("evenly", "somewhat unevenly", "irregularly"))
 SHORT_PACE: Scale = ((4, 8, 12), ("slow", "medium", "fast", "very fast"))
 SHORT_STEPS: Scale = ((0.15, 0.35, 0.6), ("smooth", "uneven", "sharp", "sudden"))
 SHORT_HIGH: Scale = ((0.15, 0.4, 0.6, 0.85), ("low", "rather low", "balanced", "rather high", "high"))
@@ -139,27 +140,106 @@ def _duration(share: float, task: TaskSpec, length: int) -> str:
     return _word(share * length * task.time_step / 3600, *HOURS)
 
 
+def _number(value: float) -> str:
+    """Two significant digits."""
+    return f"{value:.2g}" if abs(value) < 10 else f"{value:.0f}"
+
+
+def _is_short(task: TaskSpec, length: int) -> bool:
+    """Frequencies are said in Hz where the window is shorter than an hour."""
+    return task.time_step is not None and task.time_step * length < 3600
+
+
+def _hertz(m: Measures, task: TaskSpec, length: int) -> str:
+    """` near 1.2 Hz`, or nothing where the task has no clock or the channel no clear frequency."""
+    if not _is_short(task, length) or m.cycles == 0.0 or m.rhythm < RHYTHM[0][0]:
+        return ""
+    assert task.time_step is not None
+    hertz = m.cycles / (length * task.time_step)
+    return f" near {_number(hertz)} Hz" if hertz < 1000 else f" near {_number(hertz / 1000)} kHz"
+
+
+def _span(values: Channel, task: TaskSpec) -> str:
+    return f"{_number(float(np.ptp(values)))} {task.unit}"
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Points that stand out of their surroundings by 40 percent of the range or more, at least 0.2 s apart."""
+
+    count: int
+    spacing: float | None
+    """Standard deviation of the distances over their mean; None below three peaks."""
+    mean_distance: float | None
+    """In points; None below two peaks."""
+
+
+def find_peaks(values: Channel, time_step: float) -> Peaks:
+    """Peaks of one channel (length,); of the two directions the one that stands out farther from the median."""
+    from scipy.signal import find_peaks as scipy_find_peaks
+
+    centred = values - np.median(values)
+    span = float(np.ptp(values))
+    if span == 0.0:
+        return Peaks(0, None, None)
+    upright = centred if centred.max() >= -centred.min() else -centred
+    places, _ = scipy_find_peaks(upright, prominence=0.4 * span, distance=max(1, round(0.2 / time_step)))
+    distances = np.diff(places)
+    mean = float(distances.mean()) if len(distances) else None
+    spacing = float(distances.std() / distances.mean()) if len(distances) >= 2 else None
+    return Peaks(len(places), spacing, mean)
+
+
+def _peak_sentence(values: Channel, task: TaskSpec) -> str:
+    """How many peaks, how evenly, how many a minute: for windows of seconds, where beats and steps are seen."""
+    if task.time_step is None or not task.unit or not 1.0 <= task.time_step * len(values) < 60.0:
+        return ""
+    peaks = find_peaks(values, task.time_step)
+    if peaks.spacing is None or peaks.mean_distance is None:
+        return "Hardly any peak stands out." if peaks.count < 2 else "Two peaks stand out."
+    rate = 60 / (peaks.mean_distance * task.time_step)
+    return f"{peaks.count} peaks stand out, {_word(peaks.spacing, *SPACING)} spaced, {rate:.0f} a minute."
+
+
 def _full(series: Series, task: TaskSpec) -> str:
-    names = task.plot.channel_names if task.channels > 1 else ("",)
-    return " ".join(
-        _full_channel(measure(channel), task, series.shape[1], name)
-        for name, channel in zip(names, series, strict=True)
-    )
+    if task.channels > 1:
+        return _full_channels(series, task)
+    return _full_channel(series[0], measure(series[0]), task)
 
 
-def _full_channel(m: Measures, task: TaskSpec, length: int, name: str) -> str:
+def _full_channels(series: Series, task: TaskSpec) -> str:
+    """One sentence a channel, then which moves most and least, then the peaks of the one that moves most."""
+    names = [*task.plot.channel_names, *(f"channel {i + 1}" for i in range(len(task.plot.channel_names), len(series)))]
+    text = []
+    for name, channel in zip(names, series, strict=False):
+        m = measure(channel)
+        span = f"spans {_span(channel, task)}, " if task.unit else ""
+        rhythm = f"{_word(m.rhythm, *RHYTHM)} rhythm{_hertz(m, task, series.shape[1])}"
+        trend, steps = _word(m.trend, *TREND), _word(m.jump, *STEPS)
+        text.append(f"{name} {span}{trend} and has {steps} steps with {rhythm}.")
+    order = np.argsort(series.var(axis=1), kind="stable")
+    text.append(f"{names[int(order[-1])]} moves most, {names[int(order[0])]} least.")
+    text.append(_peak_sentence(series[int(order[-1])], task))
+    return " ".join(filter(None, text))
+
+
+def _full_channel(values: Channel, m: Measures, task: TaskSpec) -> str:
+    length = len(values)
     text = [
-        f"{f'Channel {name}' if name else 'The signal'} changes at {_word(m.changing, *CHANGING)} of the steps.",
+        f"The signal changes at {_word(m.changing, *CHANGING)} of the steps.",
         f"It uses {_word(m.levels, *LEVELS)} and is {_word(m.high, *HIGH)}.",
     ]
+    if task.unit:
+        text.append(f"It spans {_span(values, task)}.")
     if m.high_runs:
         number = len(m.high_runs)
         phases = "is one high phase" if number == 1 else f"are {_count(number)} high phases"
         text.append(f"There {phases}, the longest {_duration(max(m.high_runs), task, length)}.")
     text.append(f"Its steps are {_word(m.jump, *STEPS)} and overall it {_word(m.trend, *TREND)}.")
     text.append(f"The highest value lies in the {PLACES[m.peak]}.")
-    text.append(f"There is {_word(m.rhythm, *RHYTHM)} rhythm.")
-    return " ".join(text)
+    text.append(f"There is {_word(m.rhythm, *RHYTHM)} rhythm{_hertz(m, task, length)}.")
+    text.append(_peak_sentence(values, task))
+    return " ".join(filter(None, text))
 
 
 def _strength(values: Series, panel: Panel) -> str:
@@ -184,8 +264,8 @@ def _short(series: Series, task: TaskSpec) -> str:
 def describe(series: Series, task: TaskSpec) -> str:
     """Reasoning text about a series (channels, length), in the task's description style.
 
-    Full: six sentences on change, level, phases, steps and trend, highest value, rhythm. Short: one of 8 to 14
-    words, for models of a few million parameters.
+    Full: sentences on change, level, span, phases, steps and trend, highest value, rhythm and peaks; with several
+    channels one on each, and how they compare. Short: one of 8 to 14 words, for models of a few million parameters.
     Raises ValueError when the series does not have the task's channels.
     """
     if series.ndim != 2 or series.shape[0] != task.channels:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from verl.timeseries import TaskSpec, get_task
-from verl.timeseries.describe import describe, measure, sft_answer
+from verl.timeseries.describe import describe, find_peaks, measure, sft_answer
 from verl.timeseries.readers import Series
 from verl.timeseries.task import DescriptionStyle
 
@@ -29,7 +29,7 @@ def test_describe_has_no_way_to_see_the_label() -> None:
     assert list(inspect.signature(describe).parameters) == ["series", "task"]
 
 
-@pytest.mark.parametrize("name", ["ctu", "basic_motions"])
+@pytest.mark.parametrize("name", ["ctu", "basic_motions", "har", "ecg"])
 def test_the_text_is_the_same_whatever_the_label(name: str) -> None:
     task = get_task(name)
     series = noisy(0, task.channels, task.length or 0)
@@ -40,7 +40,7 @@ def test_the_text_is_the_same_whatever_the_label(name: str) -> None:
         assert answer.endswith(f"</think><class>{label}</class>")
 
 
-@pytest.mark.parametrize("name", ["ctu", "basic_motions"])
+@pytest.mark.parametrize("name", ["ctu", "basic_motions", "har", "ecg", "rcw", "tee"])
 def test_no_class_is_named_in_any_text(name: str) -> None:
     task = get_task(name)
     for seed in range(50):
@@ -69,7 +69,7 @@ def test_a_full_text_of_many_channels_names_each(tiny_task: TaskSpec) -> None:
     plot = replace(tiny_task.plot, channel_names=("left", "right"))
     task = replace(tiny_task, channels=2, plot=plot, description=DescriptionStyle.FULL)
     text = describe(noisy(0, 2, 12), task)
-    assert "Channel left changes" in text and "Channel right changes" in text
+    assert text.startswith("left ") and ". right " in text and " moves most, " in text
 
 
 def test_known_shapes_measure_as_they_are() -> None:
@@ -100,7 +100,7 @@ def test_measures_ignore_shift_and_scale() -> None:
 
 
 def test_a_constant_series_is_described_without_a_warning() -> None:
-    for name in ("ctu", "basic_motions"):
+    for name in ("ctu", "basic_motions", "har", "ecg", "rcw", "tee"):
         task = get_task(name)
         with np.errstate(all="raise"):
             assert "nan" not in describe(np.ones((task.channels, task.length or 0)), task)
@@ -114,3 +114,28 @@ def test_a_label_the_task_lacks_is_refused() -> None:
 def test_a_series_with_other_channels_is_refused() -> None:
     with pytest.raises(ValueError, match="has 6 channels"):
         describe(np.ones((1, 100)), get_task("basic_motions"))
+
+
+def beats(distances: list[int], length: int = 1500) -> np.ndarray:
+    """A flat ECG with narrow peaks of 1 mV, `distances` samples apart."""
+    values = np.zeros(length)
+    for place in np.cumsum([40, *distances]):
+        values[place - 3 : place + 4] = [0.2, 0.5, 0.8, 1.0, 0.8, 0.5, 0.2]
+    return values
+
+
+def test_peaks_give_the_rate_and_the_evenness_of_beats() -> None:
+    even = find_peaks(beats([240] * 5), 1 / 300)
+    assert (even.count, even.spacing, even.mean_distance) == (6, 0.0, 240.0)
+    odd = find_peaks(beats([150, 400, 200, 350, 140]), 1 / 300)
+    assert odd.count == 6 and odd.spacing is not None and odd.spacing > 0.25
+    assert find_peaks(-beats([240] * 5), 1 / 300) == even, "a lead that is turned around has the same beats"
+
+
+def test_ecg_and_har_texts_carry_their_units() -> None:
+    text = describe(beats([240] * 5)[None], get_task("ecg"))
+    assert "It spans 1 mV." in text and "6 peaks stand out, evenly spaced, 75 a minute." in text
+    walk = np.sin(2 * np.pi * 2.0 * 0.02 * np.arange(128)) * np.array([[0.5], [0.1], [0.2]])
+    text = describe(walk, get_task("har"))
+    assert "body_acc_x spans 1 g, " in text and "a clear rhythm near 2 Hz" in text
+    assert "body_acc_x moves most, body_acc_y least." in text
