@@ -54,7 +54,7 @@ class ChatClient:
             _ = client.chat.completions.with_raw_response  # imported on first use
             self._client = client
 
-    async def ask(self, messages: Sequence[Mapping[str, str]], response_format: Mapping[str, Any] | None) -> Reply:
+    async def ask(self, messages: Sequence[Mapping[str, Any]], response_format: Mapping[str, Any] | None) -> Reply:
         """One request, within `attempt_timeout_s`. Raises JudgeError."""
         self.open()
         import openai

@@ -3,7 +3,7 @@
 Invariants
 - A verdict is in the file whole or not at all.
 - Spending is counted before a request leaves, so that a killed process never spent more than the file says.
-- No text of an answer, no prompt and no key is in the file: keys of verdicts are hashes.
+- No prompt, no graded answer and no key is in the file: keys are hashes, values are what the server replied.
 """
 
 from __future__ import annotations

@@ -1,0 +1,140 @@
+"""Invariants of `verl.timeseries.written`, against the local server."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from judge_server import JudgeServer, Plan, Seen, completion, error
+
+from verl.timeseries.build import BuildConfig, build
+from verl.timeseries.written import main
+
+ROWS = 8
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GunPoint, 6 + 2 rows."""
+    folder = tmp_path_factory.mktemp("data") / "gun_point_image"
+    build(BuildConfig(task="gun_point", output=str(folder), limit=ROWS, workers=1, cache=None))
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [row for name in ("sft_fit", "sft_val") for row in pq.read_table(folder / f"{name}.parquet").to_pylist()]
+
+
+def picture(seen: Seen) -> bytes:
+    url = seen.body["messages"][0]["content"][0]["image_url"]["url"]
+    return base64.b64decode(url.removeprefix("data:image/png;base64,"))
+
+
+def answering(data: Path, say: Callable[[str, int], str]) -> Callable[[Seen], Plan]:
+    """The server answers `say(true class, how often this picture was asked before)`."""
+    truth = {row["images"][0]["bytes"]: row["reward_model"]["ground_truth"] for row in rows(data)}
+    asked: dict[bytes, int] = {}
+
+    def plan(seen: Seen) -> Plan:
+        png = picture(seen)
+        asked[png] = asked.get(png, -1) + 1
+        return Plan(completion(say(truth[png], asked[png])))
+
+    return plan
+
+
+def run(server: JudgeServer, data: Path, output: Path, *extra: str) -> int:
+    options = (f"base_url={server.url}", "model=stub", "api_key_env=null", "backoff_s=0.01", "max_retries=1")
+    return main(["--data", str(data), "--output", str(output), *extra, *options])
+
+
+def good(label: str) -> str:
+    return f"<think>The hand rises and falls.</think><class>{label}</class>"
+
+
+def other(label: str) -> str:
+    return "Point" if label == "Gun" else "Gun"
+
+
+def test_only_strict_answers_with_the_right_class_are_kept(server: JudgeServer, data: Path, tmp_path: Path) -> None:
+    says = [lambda label: good(other(label)), lambda label: f"Well: {good(label)}", good]
+    server.plan = answering(data, lambda label, times: says[times](label))
+    assert run(server, data, tmp_path / "out", "--attempts", "3") == 0
+    for row, before in zip(rows(tmp_path / "out"), rows(data), strict=True):
+        assert row.pop("response_by") == "model"
+        assert row.pop("response") == good(row["reward_model"]["ground_truth"])
+        before.pop("response")
+        assert row == before
+    assert len(server.seen) == 3 * ROWS
+
+
+def test_the_server_sees_the_prompt_and_the_picture_but_never_the_class_as_such(
+    server: JudgeServer, data: Path, tmp_path: Path
+) -> None:
+    server.plan = answering(data, lambda label, _: good(label))
+    assert run(server, data, tmp_path / "out") == 0
+    texts = {json.dumps(seen.body["messages"][0]["content"][1]) for seen in server.seen}
+    assert len(texts) == 1, "the text beside the picture must not depend on the row"
+    assert {picture(seen) for seen in server.seen} == {row["images"][0]["bytes"] for row in rows(data)}
+
+
+@pytest.mark.parametrize(("rest", "left"), [("measured", ROWS), ("drop", 4)])
+def test_rows_without_a_kept_answer_are_measured_or_dropped(
+    server: JudgeServer, data: Path, tmp_path: Path, rest: str, left: int
+) -> None:
+    server.plan = answering(data, lambda label, _: good("Gun"))
+    assert run(server, data, tmp_path / "out", "--attempts", "2", "--rest", rest) == 0
+    found = rows(tmp_path / "out")
+    assert len(found) == left
+    measured = {row["images"][0]["bytes"]: row["response"] for row in rows(data)}
+    for row in found:
+        right = row["reward_model"]["ground_truth"] == "Gun"
+        assert row["response_by"] == ("model" if right else "measured")
+        assert row["response"] == (good("Gun") if right else measured[row["images"][0]["bytes"]])
+
+
+def test_a_broken_off_run_asks_nothing_twice(
+    server: JudgeServer, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine = answering(data, lambda label, _: good(label))
+    server.plan = lambda seen: fine(seen) if seen.index < 3 else error(500)
+    output = tmp_path / "out"
+    assert run(server, data, output, "max_concurrent=1") == 2
+    assert "could not be written (server_error" in capsys.readouterr().err and not output.exists()
+    answered, server.plan = 3, fine
+    before = len(server.seen)
+    assert run(server, data, output) == 0
+    assert len(server.seen) - before == ROWS - answered
+    before = len(server.seen)
+    assert run(server, data, output) == 0 and len(server.seen) == before
+
+
+def test_the_budget_holds_and_its_error_is_one_line(
+    server: JudgeServer, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.plan = answering(data, lambda label, _: good(label))
+    assert run(server, data, tmp_path / "out", "max_calls=3") == 2
+    assert len(server.seen) == 3
+    message = capsys.readouterr().err
+    assert "max_calls=3" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [(("modle=x",), "unknown judge option 'modle'"), (("--attempts", "0"), "--attempts 0: at least 1")],
+)
+def test_a_mistake_is_one_line(
+    server: JudgeServer,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    extra: tuple[str, ...],
+    text: str,
+) -> None:
+    assert run(server, data, tmp_path / "out", *extra) == 2
+    assert text in capsys.readouterr().err and not server.seen
