@@ -22,11 +22,12 @@ else
     files=(data.train_files="$DATA/fit.parquet" data.val_files="$DATA/val.parquet" data.test_files="$DATA/test.parquet")
 fi
 if [[ -z $MODEL_PATH ]]; then
-    task_name=$(basename "$0" .sh)
-    task_name=${task_name#run_}
+    script=$(basename "$0" .sh)
+    script=${script#run_}
+    task_name=${NAME:-$script}
     sft="checkpoints/TimeMaster_${task_name^^}/sft_$MODALITY"
     if [[ ! -f $sft/latest_checkpointed_iteration.txt ]]; then
-        echo "error: no checkpoint in $sft: run example/sft/run_${task_name}_sft.sh first, or set MODEL_PATH" >&2
+        echo "error: no checkpoint in $sft: run example/sft/run_${script}_sft.sh first, or set MODEL_PATH" >&2
         exit 2
     fi
     MODEL_PATH=$sft/global_step_$(<"$sft/latest_checkpointed_iteration.txt")/actor/huggingface

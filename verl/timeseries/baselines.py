@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verl.timeseries.build import parse_args
+from verl.timeseries.own import csv_task
 from verl.timeseries.readers import Archive
 from verl.timeseries.task import TaskSpec
 from verl.timeseries.tasks import get_task
@@ -130,15 +132,22 @@ def table(scores: Sequence[BaselineScore]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+", metavar="TASK[=SOURCE]", help="the source is a folder or a zip")
+    parser.add_argument(
+        "tasks",
+        nargs="+",
+        metavar="TASK[=SOURCE]",
+        help="the source is a folder or a zip; csv=FOLDER: your own, see docs/own_data.md",
+    )
+    parser.add_argument("--csv", nargs="+", default=[], metavar="csv.KEY=VALUE", help="options of csv=FOLDER")
     parser.add_argument("--baselines", nargs="+", default=["majority", "1-NN", "MiniRocket"], choices=list(BASELINES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     args: Any = parser.parse_args(arguments)
     scores = []
     try:
+        csv_options = parse_args(["task=csv", *args.csv]).csv
         for named in args.tasks:
             name, _, source = named.partition("=")
-            task = get_task(name)
+            task = csv_task(source, csv_options) if name == "csv" else get_task(name)
             archive = task.reader.read(Path(source).expanduser() if source else None, task)
             scores += [score(task, archive, baseline, args.seeds) for baseline in args.baselines]
     except ValueError as error:

@@ -29,6 +29,7 @@ from verl.timeseries.card import TABLES, looks, make_card
 from verl.timeseries.describe import sft_answer
 from verl.timeseries.folder import replacing
 from verl.timeseries.numeric import NumericFormat
+from verl.timeseries.own import csv_task
 from verl.timeseries.plot import default_workers, draw_all
 from verl.timeseries.readers import SPLITS, Archive, Split
 from verl.timeseries.split import cut_split, resplit, stratified_cut, take
@@ -37,7 +38,7 @@ from verl.timeseries.task import TaskSpec
 from verl.timeseries.tasks import get_task
 
 MODALITIES = ("image", "numeric")
-NESTED = ("style.", "numeric.")
+NESTED = ("style.", "numeric.", "csv.")
 """Starts of keys that change one field of something larger."""
 OWN_ENTRIES = frozenset({"images", *SPLITS, "dataset_dict.json", "data_card.json", *(f"{t}.parquet" for t in TABLES)})
 
@@ -73,6 +74,8 @@ class BuildConfig:
     """Overrides of the task's plot style, e.g. `style.width=224`."""
     numeric: dict[str, Any] = field(default_factory=dict)
     """Overrides of how digits are written: `numeric.decimals`, `numeric.separator`, `numeric.points`."""
+    csv: dict[str, Any] = field(default_factory=dict)
+    """Options of task=csv, a folder of CSV files: see docs/own_data.md."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,9 @@ def build(config: BuildConfig) -> BuildResult:
 
 def _resolve(config: BuildConfig) -> tuple[TaskSpec, Path, Path | None]:
     """Task with its overrides, output folder, cache folder. Raises ValueError on values that cannot work."""
-    task = get_task(config.task)
+    if config.csv and config.task != "csv":
+        raise ValueError(f"csv.* has no effect on task={config.task}: it is for task=csv")
+    task = csv_task(config.source, config.csv) if config.task == "csv" else get_task(config.task)
     if config.modality not in MODALITIES:
         raise ValueError(f"unknown modality={config.modality!r}; known: {', '.join(MODALITIES)}")
     if config.numeric and config.modality == "image":
@@ -208,7 +213,6 @@ def _write(
     # pyarrow and datasets take a second to import, which the drawing processes do not need.
     from verl.timeseries.tables import make_row, save_to_disk, to_table, write_parquet
 
-    images = pngs is not None
     made: dict[str, list[dict[str, Any]]] = {}
     for split in SPLITS:
         of = getattr(archive, split)
@@ -227,12 +231,12 @@ def _write(
     tables = {**made, "fit": [made["train"][i] for i in fit], "val": [made["train"][i] for i in val]}
     answers = [sft_answer(series, label, task) for series, label in zip(train.series, train.labels, strict=True)]
     for name, rows in tables.items():
-        write_parquet(to_table(rows, images=images), folder / f"{name}.parquet")
+        write_parquet(to_table(rows), folder / f"{name}.parquet")
     for name, numbers in (("sft_fit", fit), ("sft_val", val)):
         rows = [{**made["train"][i], "response": answers[i]} for i in numbers]
-        write_parquet(to_table(rows, images=images, response=True), folder / f"{name}.parquet")
+        write_parquet(to_table(rows), folder / f"{name}.parquet")
         tables[name] = rows
-    save_to_disk({split: to_table(made[split], images=images) for split in SPLITS}, folder)
+    save_to_disk({split: to_table(made[split]) for split in SPLITS}, folder)
     return {name: [row["extra_info"]["index"] for row in rows] for name, rows in tables.items()}
 
 

@@ -134,9 +134,6 @@ LINES = PlotStyle(line_width=1.5, legend=True)
 GRID = PlotStyle(height=336, line_width=1.2, legend=True, each_channel=True, columns=2, gap=16, top=36)
 """A panel for each channel, two beside each other."""
 
-STYLES: Mapping[str, PlotStyle] = {"line": LINE, "lines": LINES, "grid": GRID}
-"""Styles by name, for data sets without a task file; `spectrogram_style` needs a sampling rate besides."""
-
 
 def spectrogram_style(spectrogram: Spectrogram) -> PlotStyle:
     """Power over time and frequency."""

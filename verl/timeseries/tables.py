@@ -37,11 +37,17 @@ def make_row(task: TaskSpec, *, split: str, index: int, label: str, shown: bytes
         **({"images": [{"bytes": shown, "path": None}]} if picture else {}),
         "ability": "time series",
         "reward_model": {"style": "rule", "ground_truth": label},
-        "extra_info": {"split": split, "index": index, "answer": label, "question": question},
+        "extra_info": {
+            "split": split,
+            "index": index,
+            "answer": label,
+            "question": question,
+            **({} if task.declared else {"classes": list(task.classes)}),
+        },
     }
 
 
-def _features(*, images: bool, response: bool) -> Features:
+def _features(*, images: bool, classes: bool, response: bool) -> Features:
     from datasets import Features, Image, List, Value
 
     text = Value("string")
@@ -51,16 +57,26 @@ def _features(*, images: bool, response: bool) -> Features:
         **({"images": List(Image())} if images else {}),
         "ability": text,
         "reward_model": {"style": text, "ground_truth": text},
-        "extra_info": {"split": text, "index": Value("int64"), "answer": text, "question": text},
+        "extra_info": {
+            "split": text,
+            "index": Value("int64"),
+            "answer": text,
+            "question": text,
+            **({"classes": List(text)} if classes else {}),
+        },
     }
     if response:
         columns["response"] = text
     return Features(columns)
 
 
-def to_table(rows: Sequence[Row], *, images: bool = True, response: bool = False) -> pa.Table:
+def to_table(rows: Sequence[Row]) -> pa.Table:
     """Arrow table with Hugging Face's feature metadata, so that `images` decodes to pictures when loaded."""
-    return pa.Table.from_pylist(list(rows), schema=_features(images=images, response=response).arrow_schema)
+    return pa.Table.from_pylist(list(rows), schema=_features_of(rows[0]).arrow_schema)
+
+
+def _features_of(row: Row) -> Features:
+    return _features(images="images" in row, classes="classes" in row["extra_info"], response="response" in row)
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
@@ -94,9 +110,7 @@ def save_to_disk(tables: Mapping[str, pa.Table], folder: Path) -> None:
         content = hashlib.sha256()
         for batch in table.to_batches(max_chunksize=100):
             content.update(json.dumps(batch.to_pylist(), sort_keys=True, default=bytes.hex).encode())
-        info = DatasetInfo(
-            features=_features(images="images" in table.column_names, response="response" in table.column_names)
-        )
+        info = DatasetInfo(features=_features_of(table.slice(0, 1).to_pylist()[0]))
         splits[name] = Dataset(table, info=info, fingerprint=content.hexdigest()[:16])
     with _quiet():
         DatasetDict(splits).save_to_disk(str(folder))

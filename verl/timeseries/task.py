@@ -97,6 +97,8 @@ class TaskSpec:
     """Unit of the values, where they have one."""
     numeric: NumericFormat = field(default_factory=NumericFormat)
     """How the values are written where digits stand in place of the plot."""
+    declared: bool = True
+    """The task stands in the registry; else its rows carry the names of the classes, for whoever scores them."""
     overlap: float = 0.0
     """Share of a window that its neighbour repeats."""
     description: DescriptionStyle = DescriptionStyle.FULL

@@ -31,15 +31,14 @@ import tenacity
 import yaml
 
 from verl.timeseries.folder import replacing
-from verl.timeseries.task import IMAGE, TaskSpec
-from verl.timeseries.tasks import find_by_data_source
+from verl.timeseries.task import IMAGE
+from verl.utils.reward_score import AnswerFormat, declare_from_row, get_scorer
 from verl.utils.reward_score.judge.client import ChatClient
 from verl.utils.reward_score.judge.config import JudgeConfig
 from verl.utils.reward_score.judge.errors import JudgeError
 from verl.utils.reward_score.judge.limits import Breaker, RateLimiter
 from verl.utils.reward_score.judge.store import JudgeStore
 from verl.utils.reward_score.returns import FailureKind
-from verl.utils.reward_score.tags import AnswerFormat, label_table, parse_answer
 
 FILES = ("sft_fit", "sft_val")
 OWN_ENTRIES = frozenset({*(f"{name}.parquet" for name in FILES), "written_card.json"})
@@ -73,13 +72,13 @@ class Writer:
         self._breaker = Breaker(config.give_up_after, config.timeout_s)
         self._slots = asyncio.Semaphore(config.max_concurrent)
 
-    async def write(self, row: Mapping[str, Any], task: TaskSpec) -> Outcome:
+    async def write(self, row: Mapping[str, Any]) -> Outcome:
         """The first strict answer with the right class. Raises JudgeError when the server cannot be asked."""
         messages = chat_messages(row)
         async with self._slots:
             for attempt in range(self.attempts):
                 reply = await self._reply(messages, attempt)
-                if is_kept(reply, row["reward_model"]["ground_truth"], task):
+                if is_kept(reply, row):
                     return Outcome(reply.strip(), attempt + 1)
         return Outcome(None, self.attempts)
 
@@ -109,7 +108,7 @@ class Writer:
         )
         self._breaker.check()
         try:
-            text = await retrying(self._request, messages)
+            text: str = await retrying(self._request, messages)
         except JudgeError as error:
             self._breaker.record(error.kind)
             raise
@@ -148,7 +147,7 @@ def chat_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     images = [image["bytes"] for image in row.get("images") or []]
     messages = []
     for turn in row["prompt"]:
-        text = turn["content"]
+        text: str = turn["content"]
         if IMAGE not in text:
             messages.append({"role": turn["role"], "content": text})
             continue
@@ -161,20 +160,19 @@ def chat_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
-def is_kept(reply: str, truth: str, task: TaskSpec) -> bool:
-    """Strict format, right class."""
-    found = parse_answer(reply, label_table(task.classes), AnswerFormat.STRICT, extension=task.asks_extension)
-    return found.well_formed and found.label == truth
+def is_kept(reply: str, row: Mapping[str, Any]) -> bool:
+    """Strict format, right class. Raises ValueError when the row's data source has no classes."""
+    declare_from_row(row["data_source"], row["extra_info"])
+    scorer = get_scorer(row["data_source"], AnswerFormat.STRICT)
+    found = scorer.read(reply)
+    return found.well_formed and found.label == row["reward_model"]["ground_truth"]
 
 
 async def write_rows(rows: Sequence[Mapping[str, Any]], config: JudgeConfig, *, attempts: int) -> list[Outcome]:
     """One outcome a row, in order. Raises ValueError, after all rows were tried, when requests failed."""
-    tasks = [_task_of(row) for row in rows]
     writer = Writer(config, attempts=attempts)
     try:
-        found = await asyncio.gather(
-            *(writer.write(row, task) for row, task in zip(rows, tasks, strict=True)), return_exceptions=True
-        )
+        found = await asyncio.gather(*(writer.write(row) for row in rows), return_exceptions=True)
     finally:
         await writer.close()
     failed = [error for error in found if isinstance(error, JudgeError)]
@@ -188,13 +186,6 @@ async def write_rows(rows: Sequence[Mapping[str, Any]], config: JudgeConfig, *, 
         )
     print(f"{writer.requests} requests, {sum(o.answer is not None for o in found if isinstance(o, Outcome))} kept")
     return [outcome for outcome in found if isinstance(outcome, Outcome)]
-
-
-def _task_of(row: Mapping[str, Any]) -> TaskSpec:
-    task = find_by_data_source(row["data_source"])
-    if task is None:
-        raise ValueError(f"data_source {row['data_source']!r} belongs to no task")
-    return task
 
 
 def write_folder(data: Path, output: Path, config: JudgeConfig, *, attempts: int, rest: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Rewards by data source.
 
 A source's classes come from its own module here (`ctu.py`) or, when it has none, from its task in
-`verl.timeseries.tasks`, which also declares the parts of the reward. Anything else needs `custom_reward_function.path`.
+`verl.timeseries.tasks`, which also declares the parts of the reward, or from its rows (`extra_info.classes`, which the
+data step writes for a data set without a task). Anything else needs `custom_reward_function.path`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,27 @@ def declared_parts(data_source: str) -> tuple[RewardPart, ...]:
     return PUBLISHED if task is None else task.reward
 
 
+_from_rows: dict[str, tuple[str, ...]] = {}
+
+
+def declare_from_row(data_source: str, extra_info: Mapping[str, Any]) -> None:
+    """Take the classes of a data source from a row's `extra_info.classes`; nothing happens where there are none.
+
+    Raises ValueError when another row of the source named others, or a task declares the source.
+    """
+    classes = extra_info.get("classes")
+    if classes is None or _from_rows.get(data_source) == tuple(classes):
+        return
+    before = _from_rows.get(data_source) or known_classes(data_source)
+    if before is not None:
+        raise ValueError(
+            f"data_source {data_source!r} has the classes {', '.join(before)}, but a row names {', '.join(classes)}: "
+            "build the data with another csv.name"
+        )
+    _from_rows[data_source] = tuple(classes)
+    _find.cache_clear()
+
+
 def known_classes(data_source: str) -> tuple[str, ...] | None:
     """Labels of a data source in id order, or None when no task declares it."""
     scorer = _find(data_source, AnswerFormat.LOOSE)
@@ -75,6 +97,8 @@ def _find(data_source: str, rule: AnswerFormat) -> LabelScorer | None:
     from verl.timeseries.tasks import find_by_data_source
 
     task = find_by_data_source(data_source)
+    if task is None and data_source in _from_rows:
+        return LabelScorer(data_source, _from_rows[data_source], rule)
     if task is None:
         return None
     return LabelScorer(data_source, task.classes, rule, extension=task.asks_extension)

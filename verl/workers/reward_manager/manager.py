@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from verl.protocol import Prompt, Score
 from verl.utils.event_loop import LoopThread
-from verl.utils.reward_score import AnswerFormat, declared_parts, get_scorer, known_classes
+from verl.utils.reward_score import AnswerFormat, declare_from_row, declared_parts, get_scorer, known_classes
 from verl.utils.reward_score.adapter import RewardFunction
 from verl.utils.reward_score.composite import RESPONSE_TOKENS, Composite
 from verl.utils.reward_score.custom import CustomFunction
@@ -140,6 +140,7 @@ class RewardManager:
             return
         for prompt in prompts:
             try:
+                declare_from_row(prompt.data_source, prompt.extra_info)
                 self._composite(prompt.data_source).scorer.label_id(prompt.ground_truth)
             except ValueError as error:
                 raise ValueError(f"row {prompt.row} ({prompt.uid}): {error}") from error
@@ -185,8 +186,10 @@ class RewardManager:
 
     def _prepare(self, items: Sequence[RewardItem]) -> None:
         """Build what the sources need; a source that nothing scores fails its answers later, one by one."""
-        for source in {item.prompt.data_source for item in items} if self._own is None else ():
+        prompts = {item.prompt.data_source: item.prompt for item in items} if self._own is None else {}
+        for source, prompt in prompts.items():
             try:
+                declare_from_row(source, prompt.extra_info)
                 self._composite(source)
             except ValueError:
                 continue
@@ -230,11 +233,13 @@ class RewardManager:
         return function if self._guarded and not function.is_async else wrap(timeout_s=self.timeout_s)
 
     def _rule(self, data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any]) -> Score:
+        declare_from_row(data_source, extra_info)
         return self._composite(data_source).score_now(solution_str, ground_truth, extra_info)
 
     async def _waiting_rule(
         self, data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any]
     ) -> Score:
+        declare_from_row(data_source, extra_info)
         return await self._composite(data_source).score(solution_str, ground_truth, extra_info)
 
     def check_rate(self, scores: Sequence[Score]) -> None:

@@ -1,0 +1,187 @@
+"""Invariants of `verl.timeseries.own`: data sets of CSV files without code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from verl.protocol import Prompt
+from verl.timeseries.build import main
+from verl.timeseries.own import csv_task
+from verl.utils.reward_score import known_classes
+from verl.workers.reward_manager.manager import RewardItem, RewardManager
+
+RNG = np.random.default_rng(0)
+
+
+def write_files(folder: Path, *, count: int = 20, group: bool = True, name: str = "pumps") -> Path:
+    """labels.csv and `count` files of two channels and 30 steps; two files a machine."""
+    folder = folder / name
+    folder.mkdir(parents=True)
+    lines = ["file,label" + (",group" if group else "")]
+    for i in range(count):
+        values = RNG.normal(size=(30, 2))
+        rows = [f"{step * 0.01:.2f},{a:.3f},{b:.3f}" for step, (a, b) in enumerate(values)]
+        (folder / f"s{i}.csv").write_text("time,pressure,flow\n" + "\n".join(rows) + "\n")
+        lines.append(f"s{i}.csv,{('ok', 'worn')[i // 2 % 2]}" + (f",machine {i // 2}" if group else ""))
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_wide(folder: Path, files: dict[str, int], delimiter: str = ",") -> Path:
+    """Rows of 12 values, labels in turn, file name -> rows."""
+    folder = folder / "wide"
+    folder.mkdir(parents=True)
+    for name, count in files.items():
+        rows = [["kind", *(f"t{i}" for i in range(12))]]
+        rows += [[("up", "down", "flat")[i % 3], *(f"{v:.4f}" for v in RNG.normal(size=12))] for i in range(count)]
+        (folder / name).write_text("\ufeff" + "\n".join(delimiter.join(row) for row in rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def built(folder: Path, output: Path, *options: str) -> dict[str, Any]:
+    arguments = ["task=csv", f"source={folder}", f"output={output}", "workers=1", "cache=null", *options]
+    assert main(arguments) == 0
+    return json.loads((output / "data_card.json").read_text())
+
+
+def test_files_with_groups_build_and_no_group_is_divided(tmp_path: Path) -> None:
+    card = built(write_files(tmp_path), tmp_path / "out", "csv.drop=[time]", "csv.rate=100", "csv.unit=bar")
+    assert card["classes"] == ["ok", "worn"] and card["channels"] == 2 and card["points"] == [30]
+    assert card["rows"]["train"] + card["rows"]["test"] == 20 and card["rows"]["test"] == 4
+    assert card["group_kind"] == "group" and card["groups_shared"] == {"train_and_test": 0, "fit_and_val": 0}
+    assert card["style"]["channel_names"] == ["pressure", "flow"] and card["style"]["legend"]
+    assert any("no test part: 4 rows were cut" in warning for warning in card["warnings"])
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_rows_are_series_and_file_names_are_the_split(delimiter: str, tmp_path: Path) -> None:
+    folder = write_wide(tmp_path, {"train_a.csv": 30, "test.csv": 9}, delimiter)
+    card = built(folder, tmp_path / "out", "csv.label=kind", "modality=numeric", "csv.name=shapes")
+    assert card["rows"]["train"] == 30 and card["rows"]["test"] == 9 and card["data_source"] == "shapes_dataset"
+    assert card["rows_per_class"]["test"] == {"down": 3, "flat": 3, "up": 3}
+    rows = pq.read_table(tmp_path / "out" / "test.parquet").to_pylist()
+    assert rows[0]["extra_info"]["classes"] == ["down", "flat", "up"]
+
+
+def test_values_are_those_of_the_file(tmp_path: Path) -> None:
+    folder = write_files(tmp_path, group=False)
+    archive = csv_task(str(folder), {"drop": ["time"]}).reader.read(None, None)  # type: ignore[arg-type]
+    every = archive.train.series + archive.test.series
+    table = np.loadtxt(folder / "s7.csv", delimiter=",", skiprows=1)[:, 1:].T
+    assert sum(np.array_equal(series, table) for series in every) == 1
+
+
+def test_the_declared_order_of_the_classes_is_that_of_their_ids(tmp_path: Path) -> None:
+    assert csv_task(str(write_files(tmp_path)), {"drop": ["time"], "classes": ["worn", "ok"]}).classes == ("worn", "ok")
+
+
+@pytest.mark.parametrize("plot", ["line", "lines", "grid", "spectrogram"])
+def test_every_plot_style_draws(plot: str, tmp_path: Path) -> None:
+    card = built(
+        write_files(tmp_path), tmp_path / "out", "csv.drop=[time]", f"csv.plot={plot}", "csv.rate=100", "limit=8"
+    )
+    assert card["vision_tokens"] == card["canvas"][0] // 28 * (card["canvas"][1] // 28)
+
+
+def test_rows_are_scored_by_the_classes_that_they_carry(tmp_path: Path) -> None:
+    built(write_files(tmp_path, name="scored"), tmp_path / "out", "csv.drop=[time]", "modality=numeric")
+    record = pq.read_table(tmp_path / "out" / "test.parquet").to_pylist()[0]
+    truth, source = record["reward_model"]["ground_truth"], record["data_source"]
+    prompt = Prompt("r", 0, source, np.zeros(1, np.int32), (), (), truth, record["extra_info"])
+    manager = RewardManager(max_failure_rate=0.0, answer_format="strict")
+    manager.check_prompts([prompt])
+    wrong = "ok" if truth == "worn" else "worn"
+    texts = [f"<think>x</think><class>{label}</class>" for label in (truth, wrong)]
+    scores = manager.score([RewardItem(prompt, text) for text in (*texts, "x")])
+    assert [score.total for score in scores] == [1.0, 0.1, 0.0]
+    assert known_classes(source) == ("ok", "worn")
+    other = Prompt("r", 1, source, np.zeros(1, np.int32), (), (), "a", {"classes": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"'scored_dataset' has the classes ok, worn, but a row names a, b"):
+        manager.check_prompts([other])
+
+
+def edit(path: str, change: Callable[[str], str]) -> Callable[[Path], object]:
+    return lambda folder: (folder / path).write_text(change((folder / path).read_text()))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "not a number": (
+        edit("s3.csv", lambda t: t.replace("\n0.01,", "\n0.01,x")),
+        r"pumps/s3\.csv, line 3: .*'pressure'",
+    ),
+    "missing": (
+        edit("s3.csv", lambda t: "\n".join([*t.splitlines()[:4], "0.03,,1.0"])),
+        r"pumps/s3\.csv, line 5: the value of column 'pressure' is missing",
+    ),
+    "not finite": (
+        edit("s3.csv", lambda t: "\n".join([*t.splitlines()[:4], "0.03,nan,1.0"])),
+        r"line 5: the value of column 'pressure' is nan; only finite",
+    ),
+    "cells": (
+        edit("s3.csv", lambda t: "\n".join([*t.splitlines()[:4], "0.03,1.0"])),
+        r"pumps/s3\.csv, line 5: 2 cells, the header has 3",
+    ),
+    "other columns": (
+        edit("s3.csv", lambda t: t.replace("flow", "heat")),
+        r"pumps/s3\.csv, line 1: columns \['pressure', 'heat'\], other files have",
+    ),
+    "no such file": (lambda f: (f / "s5.csv").unlink(), r"labels\.csv, line 7: file 's5\.csv' does not exist"),
+    "outside": (
+        edit("labels.csv", lambda t: t.replace("s0.csv", "../s0.csv")),
+        r"labels\.csv, line 2: file '\.\./s0\.csv' lies outside the folder",
+    ),
+    "twice": (edit("labels.csv", lambda t: t.replace("s1.csv", "s0.csv")), r"line 3: file 's0\.csv' is listed twice"),
+    "no label": (edit("labels.csv", lambda t: t.replace("s2.csv,worn", "s2.csv,")), r"line 4: the label is empty"),
+    "no label column": (edit("labels.csv", lambda t: t.replace("label", "kind")), r"no column 'label' in file, kind"),
+    "no group": (edit("labels.csv", lambda t: t.replace("machine 0", "")), r"line 2: no 'group', but other rows have"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_one_line_naming_file_and_line(
+    fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, message = FAULTS[fault]
+    folder = write_files(tmp_path)
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        csv_task(str(folder), {"drop": ["time"]})
+    assert main(["task=csv", f"source={folder}", "csv.drop=[time]", f"output={tmp_path / 'out'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"questoin": "x"}, r"unknown key csv\.questoin; known: name, question"),
+        ({"drop": ["tim"]}, r"csv\.drop names 'tim', but the columns are time, pressure, flow"),
+        ({"drop": ["time"], "classes": ["ok", "old"]}, r"line \d+: label 'worn' is not in csv\.classes \(ok, old\)"),
+        ({"drop": ["time"], "plot": "bars"}, r"csv\.plot='bars': use one of line, lines, grid, spectrogram"),
+        ({"drop": ["time"], "plot": "spectrogram"}, r"csv\.plot=spectrogram needs csv\.rate"),
+        ({"rate": "fast"}, r"csv\.rate='fast' must be of type float"),
+        ({"test_fraction": 1.5}, r"csv\.test_fraction=1\.5 must lie in \(0, 1\)"),
+    ],
+)
+def test_a_bad_option_is_an_error_naming_the_key(options: dict[str, Any], text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=text):
+        csv_task(str(write_files(tmp_path)), options)
+
+
+def test_a_folder_of_single_series_without_labels_says_what_to_write(tmp_path: Path) -> None:
+    folder = write_files(tmp_path)
+    (folder / "labels.csv").unlink()
+    with pytest.raises(ValueError, match=r"no column 'label'.*write a labels\.csv with columns file,label"):
+        csv_task(str(folder), {})
+
+
+def test_csv_options_are_refused_for_other_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["task=gun_point", "csv.name=x"]) == 2
+    assert "csv.* has no effect on task=gun_point" in capsys.readouterr().err
