@@ -1,0 +1,109 @@
+"""Time and memory of the data step: each task from its raw archive, and 10,000 series of 1,500 points drawn.
+
+    python3 benchmarks/data_build.py [--archives ../shared/data] [--series 10000] [--workers 2]
+
+Nothing is cached between builds. CPU seconds are of all processes together; where they are far below what the wall time
+times the cores allows, the machine was busy with something else. Memory is of the largest single process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import rows
+
+from verl.timeseries import get_task
+from verl.timeseries.plot import draw_all
+
+FOLDERS = {
+    "ctu": "ucr/Computers",
+    "tee": "ucr/Lightning7",
+    "emg": "physionet_emgdb",
+    "har": "uci_har",
+    "ecg": "cinc2017",
+}
+AIM_S = 120.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a process and its children took."""
+
+    seconds: float
+    cpu_s: float
+    peak_mb: float
+    load: float
+    """Load average of the machine at the start: processes that wanted a core."""
+
+
+def run(command: Sequence[str]) -> Cost:
+    """Raises RuntimeError when the command fails."""
+    load, started = os.getloadavg()[0], time.perf_counter()
+    child = os.posix_spawnp(command[0], list(command), {**os.environ, "PYTHONPATH": str(rows.ROOT)})
+    _, status, usage = os.wait4(child, 0)
+    if status:
+        raise RuntimeError(f"{' '.join(command)} failed with status {status}")
+    return Cost(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, load)
+
+
+def draw(count: int, workers: int) -> int:
+    """Draw random walks in ECG's style; returns the bytes of all plots."""
+    style = get_task("ecg").plot
+    steps = np.random.default_rng(0).normal(size=(count, 1, 1500))
+    return sum(len(png) for png in draw_all(list(steps.cumsum(axis=2)), style, workers=workers))
+
+
+def row_of(name: str, workload: str, cost: Cost, samples: int, note: str = "") -> rows.BenchmarkRow:
+    return rows.BenchmarkRow(
+        row=name,
+        workload=workload,
+        value=cost.seconds,
+        unit="s",
+        samples=samples,
+        mode=f"{note}{cost.cpu_s:.1f} CPU s, {cost.peak_mb:.0f} MB, load before {cost.load:.1f}",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archives", type=Path, default=rows.ROOT.parent / "shared" / "data")
+    parser.add_argument("--series", type=int, default=10_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only-draw", action="store_true", help="used by the script itself")
+    args = parser.parse_args()
+    if args.only_draw:
+        draw(args.series, args.workers)
+        return
+    made = []
+    again = [sys.executable, __file__, "--only-draw", f"--series={args.series}", f"--workers={args.workers}"]
+    cost = run(again)
+    note = f"aim {AIM_S:.0f} s on 2 idle cores; {1e3 * cost.cpu_s / args.series:.1f} CPU ms a plot; "
+    made.append(
+        row_of("draw", f"{args.series:,} series of 1,500 points, {args.workers} workers", cost, args.series, note)
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, folder in FOLDERS.items():
+            source = args.archives / folder
+            if not source.is_dir():
+                print(f"{name}: no archive at {source}; left out", flush=True)
+                continue
+            output = Path(scratch, name)
+            options = [f"task={name}", f"source={source}", f"output={output}", "cache=null", f"workers={args.workers}"]
+            cost = run([sys.executable, "-m", "verl.timeseries.build", *options])
+            plots = sum(1 for _ in output.glob("images/*/*.png"))
+            made.append(
+                row_of(f"build {name}", f"raw archive to plots and parquet, {args.workers} workers", cost, plots)
+            )
+    rows.write("data_build", made)
+
+
+if __name__ == "__main__":
+    main()
