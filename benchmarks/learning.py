@@ -96,7 +96,7 @@ def rl_command(run: Run, recipe: Recipe) -> list[str]:
     arl, actor = "actor_rollout_ref", "actor_rollout_ref.actor"
     rollout = [f"{arl}.rollout.name={run.engine}", f"{arl}.rollout.n=8", f"{arl}.rollout.temperature=0.7"]
     if run.engine == "vllm":
-        rollout += [f"{arl}.rollout.gpu_memory_utilization=0.08", f"{arl}.rollout.enforce_eager=False"]
+        rollout += [f"{arl}.rollout.gpu_memory_utilization=0.08", f"{arl}.rollout.enforce_eager=True"]
     else:
         rollout += [f"{arl}.rollout.hf_batch_size=512"]
     return [

@@ -206,7 +206,7 @@ class Packed:
         """As `Padded.pass_over`."""
         self.model.zero_grad(set_to_none=True)
         share, found = 1.0 / sum(map(response_tokens, micro_batches)), []
-        for micro in self.runner.micro_batches(micro_batches):
+        for micro in self.runner.micro_batches(micro_batches, trained=True):
             stats = self.policy(micro.inputs, temperature=1.0)
             loss, _ = OBJECTIVE(stats, micro.columns, share)
             loss.backward()

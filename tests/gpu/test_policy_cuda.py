@@ -103,7 +103,7 @@ def test_forward_and_backward_do_not_wait_for_the_device(folder: Path) -> None:
     runner.pack_ahead = False
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for micro in runner.micro_batches([groups, groups]):
+        for micro in runner.micro_batches([groups, groups], trained=True):
             stats = policy(micro.inputs, temperature=0.8)
             loss, _ = SFTObjective()(stats, micro.columns, 0.1)
             loss.backward()

@@ -230,9 +230,9 @@ def test_log_probs_leave_no_gathered_weights_behind(policy: Policy) -> None:
 def test_packing_ahead_gives_the_same_micro_batches_in_order(policy: Policy) -> None:
     runner = PackedRunner(policy, patch_source(), torch.device("cpu"), ranks.TEMPERATURE)
     plan = [[g] for g in ranks.mini_batch(policy)] + [[]]
-    plain = list(runner.micro_batches(plan))
+    plain = list(runner.micro_batches(plan, trained=True))
     runner.pack_ahead = True
-    ahead = list(runner.micro_batches(plan))
+    ahead = list(runner.micro_batches(plan, trained=True))
     assert [m.groups for m in ahead] == [m.groups for m in plain] and len(ahead) == 5
     for one, other in zip(ahead, plain, strict=True):
         assert torch.equal(one.inputs.token_ids, other.inputs.token_ids)

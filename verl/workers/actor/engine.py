@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
@@ -87,7 +88,8 @@ class MicroBatch:
 
     groups: Sequence[TrainGroup]
     inputs: ModelInputs
-    columns: Columns[Tensor]
+    columns: Columns[Tensor] | None
+    """None where no loss is computed."""
 
 
 class PackedRunner:
@@ -111,27 +113,29 @@ class PackedRunner:
     def filled(self, groups: Sequence[TrainGroup]) -> Sequence[TrainGroup]:
         return groups or self._filler
 
-    def micro_batches(self, plan: Sequence[Sequence[TrainGroup]]) -> Iterator[MicroBatch]:
-        """Every micro-batch of the plan on the device, in order."""
+    def micro_batches(self, plan: Sequence[Sequence[TrainGroup]], *, trained: bool) -> Iterator[MicroBatch]:
+        """Every micro-batch of the plan on the device, in order; what a loss needs only where one is `trained` on."""
+        make = partial(self._micro_batch, trained=trained)
         if not self.pack_ahead:
-            yield from map(self._micro_batch, plan)
+            yield from map(make, plan)
             return
         place = torch.cuda.current_device() if self.device.type == "cuda" else None
         start = (lambda: None) if place is None else (lambda: torch.cuda.set_device(place))
         with ThreadPoolExecutor(1, "pack", initializer=start) as pool:
-            coming = pool.submit(self._micro_batch, plan[0]) if plan else None
+            coming = pool.submit(make, plan[0]) if plan else None
             for number in range(1, len(plan) + 1):
                 assert coming is not None
                 ready = coming.result()
-                coming = pool.submit(self._micro_batch, plan[number]) if number < len(plan) else None
+                coming = pool.submit(make, plan[number]) if number < len(plan) else None
                 yield ready
 
-    def _micro_batch(self, groups: Sequence[TrainGroup]) -> MicroBatch:
+    def _micro_batch(self, groups: Sequence[TrainGroup], *, trained: bool) -> MicroBatch:
         groups = self.filled(groups)
-        return MicroBatch(groups, self.inputs(groups), self._columns(groups))
+        return MicroBatch(groups, self.inputs(groups), self._columns(groups) if trained else None)
 
     def _columns(self, groups: Sequence[TrainGroup]) -> Columns[Tensor]:
-        found = {field.name: getattr(columns(groups), field.name) for field in fields(Columns)}
+        made = columns(groups)
+        found = {field.name: getattr(made, field.name) for field in fields(Columns)}
         present = {name: value for name, value in found.items() if value is not None}
         moved = dict(zip(present, to_device(list(present.values()), self.device), strict=True))
         return Columns(**{name: moved.get(name) for name in found})
@@ -143,7 +147,7 @@ class PackedRunner:
             return {}
         samples: list[TrainSample] = []
         made: list[Tensor] = []
-        for micro in self.micro_batches(micro_batches):
+        for micro in self.micro_batches(micro_batches, trained=False):
             made.append(self.policy(micro.inputs, temperature=self.temperature, with_entropy=False).log_probs)
             samples += [s for g in micro.groups for s in g.samples]
         reshard(self.policy)
@@ -179,11 +183,12 @@ class TrainEngine:
             return {"grad_norm": 0.0, "lr": self.spec.lr * lr_factor(self.steps - 1, self.spec), "skipped": 1.0}
         world = dist.get_world_size()
         pending: list[Metrics] = []
-        for number, micro in enumerate(self.runner.micro_batches(micro_batches)):
+        for number, micro in enumerate(self.runner.micro_batches(micro_batches, trained=True)):
             self._last_micro_batch(number == len(micro_batches) - 1)
             stats = self.policy(
                 micro.inputs, temperature=self.runner.temperature, entropy_grad=objective.needs_entropy_grad
             )
+            assert micro.columns is not None
             loss, metrics = objective(stats, micro.columns, 1.0 / tokens)
             (loss * world).backward()
             if micro_batches[number]:
