@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-LIMITS = {"unit": 240, "integration": 600, "gpu": 600}
+LIMITS = {"unit": 240, "integration": 900, "gpu": 600}
 """Seconds for one test, by folder (fast ones first); `slow` tests get SLOW_LIMIT, a test's own timeout marker wins."""
 
 SLOW_LIMIT = 3600

@@ -279,7 +279,7 @@ def test_a_second_writer_is_refused_and_a_killed_one_is_cleaned_up(tmp_path: Pat
 
 def run_script(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **environment}
-    return subprocess.run(["bash", str(SCRIPT), *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(["bash", str(SCRIPT), *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_ctu_sh_names_the_url_of_the_task() -> None:
@@ -287,6 +287,7 @@ def test_ctu_sh_names_the_url_of_the_task() -> None:
     assert download is not None and download.url in SCRIPT.read_text()
 
 
+@pytest.mark.timeout(600)
 def test_ctu_sh_makes_the_published_rows_from_a_folder(archives: Path, tmp_path: Path) -> None:
     os.symlink(archives / "ucr", tmp_path / "my data")
     done = run_script("--source", "my data/Computers", "output=o", "cache=c", "seed=1", cwd=tmp_path)
