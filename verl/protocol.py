@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 
 TokenIds = NDArray[np.int32]
 LogProbs = NDArray[np.float32]
+Grid = tuple[int, int, int]
+"""Patches of an image: temporal, down, across."""
 
 
 class StopReason(enum.Enum):
@@ -50,7 +52,7 @@ class Prompt:
     """(P,) with every image placeholder expanded to its number of merged patches."""
     image_keys: tuple[str, ...]
     """sha256 of the encoded image, in order of appearance."""
-    image_grids: tuple[tuple[int, int, int], ...]
+    image_grids: tuple[Grid, ...]
     """(t, h, w) in patches, one per image."""
     ground_truth: str
     extra_info: Mapping[str, Any] = field(default_factory=dict)
@@ -65,7 +67,7 @@ class ImageRecord:
 
     key: str
     pixels: NDArray[np.uint8]
-    grid: tuple[int, int, int]
+    grid: Grid
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ Touches transformers internals; run on transformers 5.17.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,9 @@ from verl.models.gather import gather_rows
 from verl.models.layers import fuse_layers
 from verl.models.log_probs import TokenStats, response_stats
 from verl.models.transfer import pinned_to_device, to_device
-from verl.models.vision import Grid, vision_plan
+from verl.models.vision import vision_plan
 from verl.packing.layout import PackedBatch
+from verl.protocol import Grid
 from verl.utils.dataset.prompts import VISION_TOKENS
 
 
@@ -229,6 +231,21 @@ def _download(name: str, key: str) -> Path:
         ) from error
 
 
+def model_config(path: Path, overrides: Mapping[str, Any] | None) -> Any:
+    """The config of a model folder with fields of its text model replaced.
+
+    Raises ValueError on a field that it does not have.
+    """
+    config = AutoConfig.from_pretrained(path)
+    for name, value in (overrides or {}).items():
+        if not hasattr(config.text_config, name):
+            close = difflib.get_close_matches(name, config.text_config.to_dict(), n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise ValueError(f"model.override_config.{name}: the model's config has no such field{hint}")
+        setattr(config.text_config, name, value)
+    return config
+
+
 def load_policy(
     path: Path,
     tokenizer: Any,
@@ -236,15 +253,22 @@ def load_policy(
     dtype: torch.dtype,
     checkpointing: bool = False,
     overrides: Mapping[str, Any] | None = None,
+    on_meta: bool = False,
 ) -> Policy:
     """The policy of a Hugging Face folder, weights in `dtype` on the CPU. Its mode does not matter: dropout is 0.
 
-    `overrides` replaces fields of the text model's config. Raises ValueError on a field that it does not have.
+    `overrides` replaces fields of the text model's config, see `model_config`. `on_meta`: no weights are read and
+    none take memory.
     """
-    config = _model_config(path, overrides)
-    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        path, config=config, dtype=dtype, attn_implementation="sdpa"
-    )
+    config = model_config(path, overrides)
+    if on_meta:
+        with torch.device("meta"):
+            hf = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        hf.tie_weights()
+    else:
+        hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation="sdpa"
+        )
     policy = Policy(hf, banned_ids(path, tokenizer, hf.config.text_config.vocab_size))
     if checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -254,14 +278,5 @@ def load_policy(
 def parameter_shapes(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, tuple[int, ...]]:
     """Hugging Face name -> shape of every weight of the model in a folder, a tied head once. Reads no weights."""
     with torch.device("meta"):
-        hf = Qwen2_5_VLForConditionalGeneration(_model_config(path, overrides))
+        hf = Qwen2_5_VLForConditionalGeneration(model_config(path, overrides))
     return {name: tuple(parameter.shape) for name, parameter in hf.named_parameters()}
-
-
-def _model_config(path: Path, overrides: Mapping[str, Any] | None) -> Any:
-    config = AutoConfig.from_pretrained(path)
-    for name, value in (overrides or {}).items():
-        if not hasattr(config.text_config, name):
-            raise ValueError(f"model.override_config.{name}: the model's config has no such field")
-        setattr(config.text_config, name, value)
-    return config

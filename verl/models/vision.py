@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import vision_utils
 
-Grid = tuple[int, int, int]
+from verl.protocol import Grid
 
 
 @lru_cache(maxsize=1024)

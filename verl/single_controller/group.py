@@ -20,11 +20,11 @@ _SAY_EVERY = 30.0  # seconds between "still waiting" lines
 
 
 class WorkerError(RuntimeError):
-    """A worker failed or died. The message names group, rank and phase, and holds the worker's traceback."""
+    """A worker failed or died. The message names group, rank and phase, and holds the worker's traceback if any."""
 
 
 class UserError(WorkerError, ValueError):
-    """A worker refused something that the user can fix."""
+    """A worker refused something that the user can fix; its traceback is in the log at level DEBUG."""
 
 
 def unwrap(value: Any) -> Any:
@@ -32,8 +32,10 @@ def unwrap(value: Any) -> Any:
     if not isinstance(value, WorkerFailure):
         return value
     where = f"{value.group} rank {value.rank}, phase {value.phase!r}"
-    kind = UserError if value.user_error else WorkerError
-    raise kind(f"{where}: {value.error}\n{value.trace}")
+    if value.user_error:
+        log.debug("%s\n%s", where, value.trace)
+        raise UserError(f"{where}: {value.error}")
+    raise WorkerError(f"{where}: {value.error}\n{value.trace}")
 
 
 @dataclass(frozen=True)

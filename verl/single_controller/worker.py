@@ -5,9 +5,9 @@ from __future__ import annotations
 import faulthandler
 import operator
 import os
-import socket
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -21,7 +21,7 @@ class WorkerFailure:
     error: str
     trace: str
     user_error: bool
-    """True for a ValueError: something the user can fix, shown without a traceback."""
+    """True for a ValueError that our own code raised: something the user can fix, shown without a traceback."""
 
 
 class WorkerShell:
@@ -40,12 +40,12 @@ class WorkerShell:
         return f"{self.group} rank {self.rank}"
 
     def address(self) -> tuple[str, int]:
-        """This node's address and a port that was free a moment ago, for the rendezvous of torch.distributed."""
+        """Where torch.distributed meets: this node's address and a port on which this process listens from now on."""
         import ray
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        from verl.workers.runtime import open_rendezvous
+
+        return open_rendezvous(ray.util.get_node_ip_address())
 
     def pid(self) -> int:
         return os.getpid()
@@ -84,5 +84,11 @@ class WorkerShell:
                 phase=phase,
                 error=f"{type(error).__name__}: {error}",
                 trace=traceback.format_exc(),
-                user_error=isinstance(error, ValueError),
+                user_error=isinstance(error, ValueError) and _is_ours(error),
             )
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Raised by a file of this package: a library's ValueError is a bug until its traceback says otherwise."""
+    file = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(file).is_relative_to(Path(__file__).parents[1])

@@ -21,6 +21,7 @@ def main(overrides: list[str] | None = None) -> int:
             return 0
         config = load("ppo_trainer", arguments)
         # Imported late: a mistake in the config is answered in a second, before torch and ray are loaded.
+        from verl.single_controller.group import UserError
         from verl.trainer.ray_trainer import Trainer
 
         trainer = Trainer(config)
@@ -30,7 +31,8 @@ def main(overrides: list[str] | None = None) -> int:
     try:
         trainer.fit()
     except ValueError as error:
-        traceback.print_exc()
+        if not isinstance(error, UserError):
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

@@ -6,6 +6,7 @@ Reading order: `fit`, `_step`, then the callees in `verl/trainer/ppo/`.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,11 @@ from verl.trainer.ppo.metrics import (
 )
 from verl.trainer.ppo.scoring import Scorer, Scoring, build_reward_manager, check_scorable
 from verl.trainer.ppo.validation import ValidationResult, validate
+from verl.utils.checkpoint.identity import Identity, check_same_run, run_identity
 from verl.utils.checkpoint.manager import Checkpoint, CheckpointManager
 from verl.utils.dataset.sampler import Sampler
+from verl.utils.report.validation import check_metric_name
+from verl.utils.reward_score import known_classes
 from verl.utils.timing import Phases
 from verl.utils.tracking import Tracker
 from verl.workers.reward_manager import reward_metrics
@@ -60,6 +64,7 @@ class Trainer:
         check_scorable(self.scorer.manager, config.data.train_files, self.data.train or ())
         check_scorable(self.scorer.manager, config.data.val_files, self.data.validation)
         check_scorable(self.scorer.manager, config.data.test_files or (), self.data.test or ())
+        self._check_best_metric()
         self.checkpoints = CheckpointManager(
             root,
             keep=config.trainer.max_actor_ckpt_to_keep,
@@ -74,8 +79,10 @@ class Trainer:
         if self.data.train is not None:
             self.plan = batch_plan(config, len(self.data.train))
             self.sampler = Sampler(len(self.data.train), seed=config.data.seed, shuffle=config.data.shuffle)
+            self.identity = self._identity()
             if self.checkpoint is not None:
-                self._check_same_run(self.checkpoint)
+                check_same_run(self.checkpoint, self.identity)
+            self.checkpoints.lock()
         self.workers: Workers
         self.tracker: Tracker
 
@@ -91,8 +98,7 @@ class Trainer:
             metrics = self._step()
             if is_due(self.config.trainer.test_freq, self.step, self.plan.total_steps):
                 metrics |= self._validate()
-            self._save_if_due(metrics)
-            self.tracker.log(self.step, metrics)
+            self._log_and_save(metrics)
         return self._report_test()
 
     def _step(self) -> dict[str, float]:
@@ -131,7 +137,7 @@ class Trainer:
         self.sampling = self._sampling(validation=False)
         self.norm_by_std = config.algorithm.norm_adv_by_std_in_grpo
         self._open_run(checkpoint.step if checkpoint else 0)
-        self.checkpoints.forget_best_after(checkpoint.step if checkpoint else 0)
+        self.checkpoints.begin(checkpoint)
         self.workers = start_workers(
             config, self.data.stores, self.plan.optimizer_steps, self.scorer.manager, prompts=self._train_prompts()
         )
@@ -145,6 +151,18 @@ class Trainer:
     def _train_prompts(self) -> list[Prompt]:
         assert self.data.train is not None
         return [self.data.train[i] for i in range(len(self.data.train))]
+
+    def _check_best_metric(self) -> None:
+        """A mistyped `trainer.best_metric` would otherwise be noticed at the first validation."""
+        trainer = self.config.trainer
+        if trainer.best_metric is None or not trainer.keep_best or trainer.val_only:
+            return
+        sources = {p.data_source: known_classes(p.data_source) for p in self.data.validation}
+        try:
+            answers = self.config.actor_rollout_ref.rollout.val_kwargs.n
+            check_metric_name(trainer.best_metric, sources, answers, also=(ACCURACY,))
+        except ValueError as error:
+            raise ValueError(f"trainer.best_metric={trainer.best_metric}: {error}") from None
 
     def _find_checkpoint(self) -> Checkpoint | None:
         """What the run starts from. An evaluation takes only a checkpoint that was named."""
@@ -202,8 +220,8 @@ class Trainer:
         return metrics
 
     def close(self) -> None:
-        """End trackers and workers."""
-        for part in ("tracker", "workers"):
+        """End trackers and workers, and give the run folder free."""
+        for part in ("tracker", "workers", "checkpoints"):
             if hasattr(self, part):
                 getattr(self, part).close()
 
@@ -351,36 +369,38 @@ class Trainer:
             self.tracker.log(0, metrics)
         return metrics
 
-    def _save_if_due(self, metrics: dict[str, float]) -> None:
-        """By `save_freq`, and whenever validation finds a new best."""
+    def _log_and_save(self, metrics: dict[str, float]) -> None:
+        """Save by `save_freq`, and whenever validation finds a new best.
+
+        The row is logged before the checkpoint counts: a run that resumes from it goes on with the next step.
+        """
         name = self.checkpoints.keep_best
         better = name in metrics and self.checkpoints.would_be_best(metrics[name])
         due = is_due(self.config.trainer.save_freq, self.step, self.plan.total_steps)
         if not better and not due:
+            self.tracker.log(self.step, metrics)
             return
-        phase = Phases()
-        with phase("save_checkpoint"):
-            state: dict[str, Any] = {"identity": self._identity(), "sampler": self.sampler.state()}
-            state["kl_coef"] = self.kl_control.value
-            state["config"] = to_dict(self.config)
-            with self.checkpoints.saving(self.step, state, metrics, only_best=not due) as checkpoint:
-                state["engine"] = self.workers.actors.save(checkpoint)
-        metrics |= phase.metrics()
+        state: dict[str, Any] = {"identity": self.identity, "sampler": self.sampler.state()}
+        state["kl_coef"] = self.kl_control.value
+        state["config"] = to_dict(self.config)
+        begin = time.perf_counter()
 
-    def _identity(self) -> dict[str, str]:
-        """What must agree between a checkpoint and the run that resumes it."""
+        def log_row() -> None:
+            metrics["timing_s/save_checkpoint"] = time.perf_counter() - begin
+            self.tracker.log(self.step, metrics)
+
+        with self.checkpoints.saving(self.step, state, metrics, only_best=not due, before_commit=log_row) as checkpoint:
+            state["engine"] = self.workers.actors.save(checkpoint)
+
+    def _identity(self) -> Identity:
         assert self.data.train is not None
-        path = str(Path(self.config.actor_rollout_ref.model.path).resolve())
-        return {"actor_rollout_ref.model.path": path, "data.train_files (digest)": self.data.train.digest}
-
-    def _check_same_run(self, checkpoint: Checkpoint) -> None:
-        stored = checkpoint.read_data()["identity"]
-        for name, mine in self._identity().items():
-            if stored[name] != mine:
-                raise ValueError(
-                    f"{checkpoint.path} was made with {name}={stored[name]}, this run has {mine}: set "
-                    "trainer.resume_mode=disable, or give trainer.experiment_name another value"
-                )
+        return run_identity(
+            model_key="actor_rollout_ref.model.path",
+            model=self.config.actor_rollout_ref.model.path,
+            folder=self.data.folder,
+            train_files=self.config.data.train_files,
+            rows_digest=self.data.train.digest,
+        )
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.read_data()

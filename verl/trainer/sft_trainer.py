@@ -25,12 +25,12 @@ from verl.config import SFTConfig, load, to_dict, to_yaml
 from verl.config.cli import overrides_from
 from verl.config.derived import sft_model, sft_optim
 from verl.models.policy import check_model_folder, load_policy, open_tokenizer, stop_ids
-from verl.packing.balance import plan_mini_batch
-from verl.protocol import Prompt, Response, TrainGroup, TrainSample
+from verl.packing.balance import PATCH_WEIGHT, plan_mini_batch
+from verl.protocol import Group, Prompt, Response, TrainGroup, TrainSample
 from verl.trainer.ppo.batch import response_tokens
 from verl.trainer.ppo.scoring import Scorer, build_reward_manager, check_scorable
 from verl.trainer.ppo.validation import ValidationResult, validate
-from verl.trainer.ppo.workers import PATCH_WEIGHT
+from verl.utils.checkpoint.identity import Identity, check_same_run, run_identity
 from verl.utils.checkpoint.manager import Checkpoint, CheckpointManager
 from verl.utils.dataset.images import ImageSpec
 from verl.utils.dataset.patches import PatchSource, open_patches
@@ -57,6 +57,7 @@ from verl.workers.runtime import (
     compute_dtype,
     import_external,
     memory_metrics,
+    node_leader_first,
     parameter_table,
     resolve_device,
     seed_draws,
@@ -120,7 +121,8 @@ class SFTTrainer:
         import_external(config.model.external_lib)
         self.folder = check_model_folder(config.model.partial_pretrain, "model.partial_pretrain")
         self.tokenizer = open_tokenizer(self.folder, trust_remote_code=config.model.trust_remote_code)
-        self.data = load_sft_data(config, self.tokenizer, self.folder)
+        with node_leader_first():
+            self.data = load_sft_data(config, self.tokenizer, self.folder)
         data, trainer = config.data, config.trainer
         self.sampler = Sampler(len(self.data.train), seed=data.seed, shuffle=data.shuffle, drop_last=False)
         self.steps_per_epoch = self.sampler.batches_per_epoch(data.train_batch_size)
@@ -131,6 +133,12 @@ class SFTTrainer:
         check_scorable(self.scorer.manager, data.test_files or (), self.data.test or ())
         self.run_dir = Path(trainer.default_local_dir)
         self.checkpoints = CheckpointManager(self.run_dir, keep=trainer.max_actor_ckpt_to_keep)
+        if self.rank == 0:
+            self.checkpoints.lock()
+        self.checkpoint = self.checkpoints.find(trainer.resume_mode, trainer.resume_path)
+        self.identity = self._identity()
+        if self.checkpoint is not None:
+            check_same_run(self.checkpoint, self.identity)
         self._build_engines()
         self.step = 0
         self.finished = False
@@ -189,9 +197,10 @@ class SFTTrainer:
                 result = self._validate()
                 metrics |= result.metrics | {"val/parse_failure": result.parse_failure, "val/accuracy": result.accuracy}
                 reached = self._good_enough(result)
+            # The row first: a run that resumes from the checkpoint goes on with the next step.
+            self._log(metrics)
             if last or reached or self._due(self.config.trainer.save_freq):
                 self._save(metrics, finished=last or reached)
-            self._log(metrics)
             if late or reached:
                 break
         return metrics | self._report_test()
@@ -253,7 +262,10 @@ class SFTTrainer:
         )
 
     def _score(self, prompts: Sequence[Prompt], name: str) -> ValidationResult:
-        """Answers are drawn on all ranks and scored on each, so that all take the same decisions."""
+        """Answers are drawn on all ranks; rank 0 scores them and tells the others, so that all decide alike.
+
+        The groups themselves stay on rank 0.
+        """
         self.generator.load_weights(full_parameters(self.engine.policy))
 
         def generate(prompts: Sequence[Prompt]) -> list[list[Response]]:
@@ -261,9 +273,11 @@ class SFTTrainer:
             mine = self.generator.generate([prompts[i] for i in shares[self.rank]], self._sampling(), step=0)
             return [answers for part in all_gather_objects(mine) for answers in part]
 
-        result = validate(
-            prompts, lambda part: self.scorer.score(part, generate(part)), self.config.data.val_batch_size
-        )
+        def answer(part: Sequence[Prompt]) -> list[Group]:
+            responses = generate(part)
+            return self.scorer.score(part, responses) if self.rank == 0 else []
+
+        result = validate(prompts, answer, self.config.data.val_batch_size)
         if self.rank == 0:
             result.write(self.run_dir / "reports" / f"{name}.json", step=self.step)
             self.scorer.write_samples(self.run_dir / "samples" / f"{name}.jsonl", result.groups)
@@ -272,17 +286,16 @@ class SFTTrainer:
                 self.scorer.write_samples(Path(folder) / f"{name}.jsonl", result.groups)
             shown = result.groups[: self.config.trainer.log_val_generations]
             self.tracker.log_samples(self.step, self.scorer.tracker_samples(shown))
-        return result
+        return ValidationResult(all_gather_objects(result.reports)[0], result.groups)
 
     # --- run folder and checkpoints ------------------------------------------------------------------------------
 
     def _open_run(self) -> None:
-        trainer = self.config.trainer
-        checkpoint = self.checkpoints.find(trainer.resume_mode, trainer.resume_path)
+        trainer, checkpoint = self.config.trainer, self.checkpoint
         if checkpoint is not None:
             self._resume(checkpoint)
         if self.rank == 0:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.begin(checkpoint)
             (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
             self.tracker = Tracker(
                 trainer.logger,
@@ -298,13 +311,18 @@ class SFTTrainer:
             print(f"sft: {len(self.data.train)} rows, {length}, {self.world} rank(s) on {self.device}", flush=True)
             print(f"sft: {parameters}", flush=True)
 
-    def _identity(self) -> dict[str, str]:
-        path = str(Path(self.config.model.partial_pretrain).resolve())
-        return {"model.partial_pretrain": path, "data.train_files (digest)": self.data.train.digest}
+    def _identity(self) -> Identity:
+        return run_identity(
+            model_key="model.partial_pretrain",
+            model=self.config.model.partial_pretrain,
+            folder=self.folder,
+            train_files=self.config.data.train_files,
+            rows_digest=self.data.train.digest,
+        )
 
     def _save(self, metrics: dict[str, float], *, finished: bool) -> None:
         dtype = compute_dtype(self.config.rollout.dtype, self.device)
-        state: dict[str, Any] = {"identity": self._identity(), "sampler": self.sampler.state(), "finished": finished}
+        state: dict[str, Any] = {"identity": self.identity, "sampler": self.sampler.state(), "finished": finished}
         with self._saving(state, metrics) as checkpoint:
             state["engine"] = save_engine(self.engine, checkpoint, source=self.folder, dtype=dtype)
 
@@ -322,12 +340,6 @@ class SFTTrainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.read_data()
-        for name, mine in self._identity().items():
-            if state["identity"][name] != mine:
-                raise ValueError(
-                    f"{checkpoint.path} was made with {name}={state['identity'][name]}, this run has {mine}: set "
-                    "trainer.resume_mode=disable, or give trainer.experiment_name another value"
-                )
         load_engine(self.engine, checkpoint, state["engine"])
         self.sampler.load_state(state["sampler"])
         self.step = checkpoint.step
@@ -342,6 +354,7 @@ class SFTTrainer:
     def close(self) -> None:
         if self.rank == 0 and hasattr(self, "tracker"):
             self.tracker.close()
+        self.checkpoints.close()
         dist.destroy_process_group()
 
 

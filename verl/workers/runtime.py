@@ -6,8 +6,8 @@ import importlib
 import os
 import random
 import resource
-import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -55,15 +55,29 @@ def seed_draws(*key: int) -> None:
     torch.manual_seed(torch_seed)
 
 
+_TIMEOUT = timedelta(minutes=30)
+_opened: dict[tuple[str, int], dist.TCPStore] = {}
+
+
+def open_rendezvous(host: str) -> tuple[str, int]:
+    """Listen in this process, which will be rank 0, on a port that the system gives: nobody can take it meanwhile."""
+    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
+    _opened[host, store.port] = store
+    return host, store.port
+
+
+def rendezvous_store(address: tuple[str, int]) -> dist.TCPStore:
+    """The store at an address of `open_rendezvous`: of this process if it opened it, else a client."""
+    return _opened.pop(address, None) or dist.TCPStore(*address, is_master=False, timeout=_TIMEOUT)
+
+
 def start_process_group(rank: int, world: int, address: tuple[str, int], device: str) -> None:
-    """Join the group of `world` ranks that meets at rank 0's address."""
-    host, port = address
+    """Join the group of `world` ranks that meets at an address which rank 0 got from `open_rendezvous`."""
+    store = rendezvous_store(address)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if device == "cuda":
         torch.cuda.set_device(0)  # Ray shows each worker its own GPU only
-    dist.init_process_group(
-        backend, init_method=f"tcp://{host}:{port}", rank=rank, world_size=world, timeout=timedelta(minutes=30)
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
 
 
 def start_process_group_from_env(device: str) -> tuple[int, int]:
@@ -73,11 +87,19 @@ def start_process_group_from_env(device: str) -> tuple[int, int]:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     else:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        start_process_group(0, 1, ("127.0.0.1", port), device)
+        start_process_group(0, 1, open_rendezvous("127.0.0.1"), device)
     return dist.get_rank(), dist.get_world_size()
+
+
+@contextmanager
+def node_leader_first() -> Iterator[None]:
+    """The first rank of each node runs the block before the others do, so that they find what it has cached."""
+    leader = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if not leader:
+        dist.barrier()
+    yield
+    if leader:
+        dist.barrier()
 
 
 def all_gather_objects(value: Any) -> list[Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import io
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from verl.single_controller.group import Call, WorkerGroup, unwrap
 from verl.single_controller.worker import WorkerShell
 from verl.trainer import main_generation, main_ppo, sft_trainer
 from verl.trainer.ppo import cluster
+from verl.workers.runtime import open_rendezvous
 
 
 class InProcessGroup(WorkerGroup):
@@ -40,9 +40,7 @@ class InProcessGroup(WorkerGroup):
         unwrap(self.shell.build(factory, *per_rank[0]))
 
     def rendezvous(self) -> tuple[str, int]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return "127.0.0.1", probe.getsockname()[1]
+        return open_rendezvous("127.0.0.1")
 
     def pids(self) -> list[int]:
         return [self.shell.pid()]

@@ -15,6 +15,7 @@ import pytest
 
 from verl.utils.checkpoint.manager import (
     BEST,
+    LOCK,
     MANIFEST,
     POINTER,
     Checkpoint,
@@ -33,6 +34,8 @@ def stop(name):
     if name == point:
         os.kill(os.getpid(), signal.SIGKILL)
 manager = CheckpointManager(root, keep=1, keep_best="acc", on_point=stop)
+manager.lock()
+manager.begin(manager.find("auto"))
 with manager.saving(step, {"step": step}, {"acc": 0.5 + step / 100}) as checkpoint:
     checkpoint.model.mkdir(parents=True)
     for rank in range(2):
@@ -77,11 +80,15 @@ def test_a_kill_9_at_any_point_of_a_save_leaves_the_last_complete_checkpoint_loa
     assert found is not None and loads(found)
     assert not caplog.records, "the pointer was wrong"
     assert found.step == (20 if point in ("pointer", "deleting", "pruned") else 10)
+    manager.lock()
+    manager.begin(found)
     best = manager.best()
-    assert best is not None and loads(best)
-    save(manager, 30, acc=0.9)
-    assert steps(manager) == [30]
-    assert {p.name for p in tmp_path.iterdir()} == {POINTER, BEST, "global_step_30"}
+    assert best is not None and best.step == found.step and loads(best)
+    save(manager, 30, acc=0.45)
+    assert steps(manager) == [found.step, 30], "the best one is kept beside the newest"
+    aside = {f"{BEST}.old"} if point == "best" else set()
+    folders = {f"global_step_{found.step}", "global_step_30"}
+    assert {p.name for p in tmp_path.iterdir()} == {POINTER, BEST, LOCK, *folders, *aside}
 
 
 @pytest.mark.parametrize("point", ["begun", "flushed", "replaced", "renamed", "pointer"])
@@ -118,6 +125,77 @@ def test_keep_counts_the_newest_and_spares_best_and_latest(tmp_path: Path) -> No
     assert best is not None and best.step == 2
     save(manager, 6, acc=0.95)
     assert steps(manager) == [5, 6]
+
+
+def test_keep_counts_the_newest_saves_beside_later_steps_of_a_run_that_was_given_up(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=3, keep_best="acc")
+    for step in (100, 200, 250):
+        save(manager, step, acc=0.9)
+    manager.begin(None)
+    left = []
+    for step in (10, 20, 30, 40):
+        save(manager, step, acc=step / 100)
+        left.append(steps(manager))
+    assert left == [[10, 200, 250], [10, 20, 250], [10, 20, 30], [20, 30, 40]]
+    manager.begin(Checkpoint(30, tmp_path / "global_step_30"))
+    save(manager, 35, acc=0.1)
+    assert steps(manager) == [30, 35, 40] and manager.latest() == Checkpoint(35, tmp_path / "global_step_35")
+
+
+def best_after(manager: CheckpointManager, start: int | None) -> int | None:
+    manager.begin(None if start is None else Checkpoint(start, manager.root / f"global_step_{start}"))
+    best = manager.best()
+    return None if best is None else best.step
+
+
+def test_the_best_is_among_the_checkpoints_that_led_to_the_start(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep_best="acc")
+    for step, accuracy in ((50, 0.2), (100, 0.99), (200, 0.98)):
+        save(manager, step, acc=accuracy)
+    assert best_after(manager, None) is None
+    for step, accuracy in ((10, 0.3), (20, 0.7), (30, 0.4), (150, 0.8)):
+        save(manager, step, acc=accuracy)
+    found = {start: best_after(manager, start) for start in (150, 30, 10, 200, None, 150)}
+    assert found == {150: 150, 30: 20, 10: 10, 200: 100, None: None}
+    other = CheckpointManager(tmp_path / "other", keep_best="acc")
+    save(other, 5, acc=1.0)
+    other.begin(Checkpoint(150, tmp_path / "global_step_150"))
+    assert other.best() is None, "a start in another folder was led to by nothing here"
+
+
+def test_a_kill_between_best_record_and_pointer_loses_no_earlier_best(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=1, keep_best="acc")
+    save(manager, 10, acc=0.65)
+    save(manager, 15, acc=0.1)
+    killed_save(tmp_path, "best", 20)
+    manager.begin(manager.find("auto"))
+    save(manager, 25, acc=0.5)
+    best = manager.best()
+    assert best is not None and best.step == 10 and loads(best)
+
+
+def test_a_second_run_of_the_same_folder_is_refused_until_the_first_ends(tmp_path: Path) -> None:
+    first, second = CheckpointManager(tmp_path), CheckpointManager(tmp_path)
+    first.lock()
+    with pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on .*trainer\.experiment_name"):
+        second.lock()
+    first.close()
+    second.lock()
+    with pytest.raises(ValueError, match="in use by process"):
+        first.lock()
+
+
+def test_before_commit_runs_when_all_is_written_and_nothing_counts_yet(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    save(manager, 1)
+    seen = []
+
+    def look() -> None:
+        seen.append((steps(manager), (tmp_path / ".tmp-global_step_2" / MANIFEST).is_file()))
+
+    with manager.saving(2, {}, before_commit=look):
+        pass
+    assert seen == [([1], True)]
 
 
 def test_without_keep_nothing_is_deleted(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from PIL import Image
 from verl.utils.dataset.images import (
     ImageSpec,
     image_key,
-    patches_of,
     process_image,
     smart_resize,
     to_patches,
@@ -59,9 +58,9 @@ def test_patches_equal_the_installed_torchvision_backend(width: int) -> None:
     images = [golden.synthetic_image(width, height, "RGB") for height in (224, 230)]
     spec = ImageSpec(max_pixels=12845056)
     out = golden.import_library_processor()(min_pixels=3136, max_pixels=12845056)(images=images, return_tensors="pt")
-    values, grids = patches_of([process_image(image, spec) for image in images], spec)
-    assert torch.equal(values, out["pixel_values"])
-    assert torch.equal(grids, out["image_grid_thw"])
+    records = [process_image(image, spec) for image in images]
+    assert torch.equal(torch.cat([to_patches(record.pixels, spec) for record in records]), out["pixel_values"])
+    assert [list(record.grid) for record in records] == out["image_grid_thw"].tolist()
 
 
 def test_target_size_equals_the_library_for_random_sizes() -> None:
@@ -97,17 +96,6 @@ def test_a_batch_of_one_size_equals_one_by_one() -> None:
     pixels = torch.randint(0, 256, (3, 3, 56, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(to_patches(pixels, spec), torch.cat([to_patches(one, spec) for one in pixels]))
     assert to_patches(pixels, spec).shape == (3 * 4 * 6, spec.patch_dim)
-
-
-def test_mixed_sizes_come_out_in_their_order() -> None:
-    spec = ImageSpec()
-    sizes = [(84, 56), (56, 56), (84, 56), (112, 28)]
-    records = [
-        process_image(golden.synthetic_image(w, h, "RGB").rotate(180 * (i % 2)), spec) for i, (w, h) in enumerate(sizes)
-    ]
-    values, grids = patches_of(records, spec)
-    assert torch.equal(values, torch.cat([to_patches(record.pixels, spec) for record in records]))
-    assert [tuple(g) for g in grids.tolist()] == [record.grid for record in records]
 
 
 def test_path_bytes_and_pil_give_the_same_pixels(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import pickle
 from pathlib import Path
 
@@ -131,6 +133,22 @@ def test_a_store_written_meanwhile_by_another_process_is_used(tmp_path: Path, mo
     monkeypatch.setattr(image_store, "_write_store", slow_write)
     store = ImageStore.build(items(0, 1), SPEC, tmp_path)
     assert list(tmp_path.iterdir()) == [store.path] and len(store) == 2
+
+
+def test_a_build_that_was_killed_is_removed_by_the_next_and_a_living_one_is_not(tmp_path: Path) -> None:
+    """A kill leaves the folder and the file, and takes the lock away."""
+    with contextlib.ExitStack() as stack:
+        living = stack.enter_context(image_store._aside(tmp_path))
+        for name in ("killed", "old_version"):
+            (tmp_path / f".tmp-{name}").mkdir()
+            (tmp_path / f".tmp-{name}" / PIXELS_FILE).write_bytes(b"half")
+        (tmp_path / ".tmp-killed.lock").touch()
+        for path in list(tmp_path.iterdir()):
+            os.utime(path, (0, 0))
+        store = ImageStore.build(items(0), SPEC, tmp_path)
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {store.path.name, living.name, f"{living.name}.lock"}
+    assert list(tmp_path.iterdir()) == [store.path]
 
 
 def test_the_cache_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,6 +291,17 @@ def test_an_overlong_answer_is_dropped_cut_or_refused_as_asked(write: Write, pla
     assert cut[1].response_ids.tolist() == whole[1].response_ids[:-1].tolist()
 
 
+def test_the_prompt_limit_holds_for_supervised_rows_as_for_rl(write: Write, plain_tokenizer: Any, cache: Path) -> None:
+    path = write([make_row(0, answer=ANSWER), make_row(1, text="Desktop or Laptop?", images=[], answer=ANSWER)])
+    limit = len(load_sft(path, plain_tokenizer, cache)[0].prompt.token_ids) - 1
+    for load_rows in (load, load_sft):
+        with pytest.raises(ValueError, match=rf"row 0: the prompt has {limit + 1} tokens .*max_prompt_length={limit}"):
+            load_rows(path, plain_tokenizer, cache, max_prompt_length=limit)
+        kept = load_rows(path, plain_tokenizer, cache, max_prompt_length=limit, filter_overlong_prompts=True)
+        assert (len(kept), kept.dropped) == (1, 1), load_rows.__name__
+    assert kept[0].prompt.row == 1 and plain_tokenizer.decode(kept[0].response_ids) == f"{ANSWER}<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("answer", "message"), [("a<|image_pad|>", "row 0: the answer holds vision tokens"), ("", "row 0: column 'answer'")]
 )

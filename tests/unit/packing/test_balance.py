@@ -9,10 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl.packing.balance import assign_to_ranks, cut_group, group_tokens, plan_mini_batch, split_micro_batches
+from verl.packing.balance import (
+    PATCH_WEIGHT,
+    assign_to_ranks,
+    cut_group,
+    group_tokens,
+    plan_mini_batch,
+    split_micro_batches,
+)
 from verl.protocol import Prompt, TrainGroup, TrainSample
-
-PATCH_WEIGHT = 0.24
 
 
 def make_groups(shapes: list[tuple[int, int, list[int]]]) -> list[TrainGroup]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from verl.protocol import Score
-from verl.utils.report.validation import ValidationRow, classification_report, validation_metrics
+from verl.utils.report.validation import ValidationRow, check_metric_name, classification_report, validation_metrics
 
 CLASSES = {"ctu": ("Desktop", "Laptop")}
 
@@ -178,3 +178,29 @@ def test_the_report_goes_into_a_json_file() -> None:
 
 def test_no_rows_give_no_report() -> None:
     assert classification_report([]) == {}
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_every_metric_that_validation_gives_is_a_known_name_before_it_runs(answers: int) -> None:
+    scored = enumerate([*table(), failed("Desktop")])
+    rows = [ValidationRow(f"{i // answers}", r.data_source, r.ground_truth, r.score) for i, r in scored]
+    names = validation_metrics(classification_report(rows))
+    sources = {r.data_source: None for r in rows}
+    for name in names:
+        check_metric_name(name, sources, answers, also=())
+
+
+def test_a_mistyped_metric_name_is_answered_with_the_close_one_and_all_known() -> None:
+    sources = {"computer_dataset": ("Desktop", "Laptop")}
+    check_metric_name("val/accuracy", sources, 4, also=("val/accuracy",))
+    check_metric_name("val-aux/computer_dataset/format/mean@4", sources, 4, also=())
+    wrong = {
+        "val/acc/computer_datasets": "did you mean val/acc/computer_dataset?",
+        "val-core/computer_dataset/acc/mean@8": "acc/mean@4",
+        "val-aux/computer_dataset/recall/Tablet": "recall/Laptop",
+        "accuracy": "it gives val/accuracy, val/acc/computer_dataset,",
+    }
+    for name, hint in wrong.items():
+        with pytest.raises(ValueError, match=r"validation gives no metric") as error:
+            check_metric_name(name, sources, 4, also=("val/accuracy",))
+        assert name in str(error.value) and hint in str(error.value), str(error.value)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import socket
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from verl.workers.runtime import compute_dtype, dtype_of, seed_draws
+from verl.workers.runtime import compute_dtype, dtype_of, open_rendezvous, seed_draws, start_process_group
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +38,14 @@ def test_precision_follows_the_name_and_on_cpu_is_fp32() -> None:
     assert [dtype_of(name) for name in ("fp32", "bf16", "float16")] == [torch.float32, torch.bfloat16, torch.float16]
     assert {compute_dtype(name, "cpu") for name in ("fp32", "bf16", "float16")} == {torch.float32}
     assert compute_dtype("bf16", "cuda") == torch.bfloat16
+
+
+def test_the_port_of_the_rendezvous_is_taken_from_the_moment_it_is_named() -> None:
+    address = open_rendezvous("127.0.0.1")
+    with socket.socket() as rival, pytest.raises(OSError, match="in use"):
+        rival.bind(address)
+    start_process_group(0, 1, address, "cpu")
+    try:
+        assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
+    finally:
+        dist.destroy_process_group()

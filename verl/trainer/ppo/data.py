@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.config import PPOConfig
-from verl.models.policy import check_model_folder, open_tokenizer
+from verl.models.policy import check_model_folder, model_config, open_tokenizer
 from verl.utils.dataset.images import ImageSpec
 from verl.utils.dataset.prompts import Truncation
 from verl.utils.dataset.rl_dataset import DatasetOptions, RLDataset, load_rl_dataset
@@ -18,6 +18,8 @@ from verl.utils.dataset.rows import Columns
 class RunData:
     """Everything read from disk before the workers start."""
 
+    folder: Path
+    """The model's."""
     tokenizer: Any
     train: RLDataset | None
     """None when the run only validates."""
@@ -35,6 +37,7 @@ def load_run_data(config: PPOConfig) -> RunData:
     """Read all files. Raises ValueError naming file and row, or the key to change."""
     data, model = config.data, config.actor_rollout_ref.model
     folder = check_model_folder(model.path)
+    model_config(folder, model.override_config)  # refused here rather than by every worker
     tokenizer = open_tokenizer(folder, trust_remote_code=model.trust_remote_code)
     spec = ImageSpec.from_pretrained(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
     options = DatasetOptions(
@@ -51,4 +54,4 @@ def load_run_data(config: PPOConfig) -> RunData:
     validation = load(data.val_files)
     assert validation is not None
     train = None if config.trainer.val_only else load(data.train_files)
-    return RunData(tokenizer, train, validation, load(data.test_files))
+    return RunData(folder, tokenizer, train, validation, load(data.test_files))

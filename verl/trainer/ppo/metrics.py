@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -63,13 +64,19 @@ def balance_metrics(groups: Sequence[Group], loads: Sequence[int]) -> dict[str, 
 
 
 def actor_metrics(steps: Sequence[Mapping[str, float]], kl_coef: float) -> dict[str, float]:
-    """Means over the step's optimizer steps; `grad_norm` and `lr` of the last one."""
+    """Means over the step's optimizer steps; `lr` of the last one.
+
+    `grad_norm` is the mean over the steps where it was finite, and missing when it never was; the others are the
+    skipped ones, which `training/skipped_steps` counts.
+    """
     if not steps:
         return {}
-    hidden = ("rollout_", "skipped")
+    hidden = ("rollout_", "skipped", "grad_norm")
     computed = [s for s in steps if "pg_loss" in s]  # the others held no scored answer
     names = [n for n in (computed or steps)[0] if not n.startswith(hidden)]
     metrics = {f"actor/{name}": float(np.mean([s[name] for s in computed or steps])) for name in names}
+    norms = [s["grad_norm"] for s in computed or steps if math.isfinite(s["grad_norm"])]
+    metrics |= {"actor/grad_norm": float(np.mean(norms))} if norms else {}
     metrics["actor/lr"] = steps[-1]["lr"]
     metrics["training/skipped_steps"] = float(sum(s["skipped"] for s in steps))
     if "actor/kl_loss" in metrics:

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from verl.config import PPOConfig, token_budgets
 from verl.models.policy import check_model_folder
-from verl.packing.balance import plan_mini_batch
+from verl.packing.balance import PATCH_WEIGHT, plan_mini_batch
 from verl.protocol import LogProbs, Prompt, Response, TrainGroup
 from verl.single_controller.cluster import Resources
 from verl.single_controller.group import WorkerGroup
@@ -24,8 +24,6 @@ from verl.workers.rollout.base import Sampling
 from verl.workers.rollout.forward import Sink
 from verl.workers.rollout.worker import Place, RolloutWorker
 
-# What a patch costs beside a text token of the same forward: 0.67e9 tower against 2.8e9 text parameters at the 3B.
-PATCH_WEIGHT = 0.24
 _SAME_ON_ALL_RANKS = ("grad_norm", "lr", "skipped")
 
 

@@ -3,33 +3,43 @@
     {root}/latest_checkpointed_iteration.txt     the step number, written last
     {root}/best_checkpoint.json                  step, metric and value of the best one (with `keep_best`)
     {root}/global_step_{N}/data.json             data order, schedule, counters: whatever json the caller gives
-    {root}/global_step_{N}/manifest.json         every file with its size
+    {root}/global_step_{N}/manifest.json         every file with its size, the step's metrics, the number of the save
     {root}/global_step_{N}/actor/{huggingface,model,optim}/
+    {root}/.lock                                 held by the run that writes here
 
 A save: write all under `.tmp-global_step_N`, flush every file, rename the folder, flush its parent, then the best
 record, then the pointer (each written aside and renamed), and only then delete old folders (first renamed out of
 sight).
+
+Saves are numbered: a folder may hold later steps of a run that was given up, and "newest" is by that number, not by
+step. The checkpoints that led to one are those saved before it, each with a lower step than all saved after it.
+
 The driver owns the manager; ranks only write into the folder that `saving` gives. All see the same file system.
 
 Invariants
 - A folder named `global_step_N` is whole; a kill at any moment leaves the last whole one to be found.
 - Nothing is deleted before its successor is whole, and neither the latest nor the best ever.
+- The best one is among those that led to the latest, whatever moment an earlier process was killed at.
+- One run at a time writes into a root.
 - Only folders that this class wrote (they have a manifest) are deleted.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from verl.utils.files import fsync_path, fsync_tree, write_json_atomic, write_text_atomic
 
@@ -38,6 +48,7 @@ logger = logging.getLogger(__name__)
 POINTER = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpoint.json"
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 _STEP_NAME = re.compile(r"global_step_(\d+)")
 _TEMPORARY = ".tmp-"
 _REPLACED = ".replaced-"
@@ -91,6 +102,55 @@ class CheckpointManager:
         self.keep_best = keep_best
         self.lower_is_better = lower_is_better
         self._on_point = on_point
+        self._lock: IO[str] | None = None
+
+    def lock(self) -> None:
+        """Reserve the root until `close` or the end of the process; makes the folder.
+
+        Raises ValueError naming the holder when another run writes there.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        file = open(self.root / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (open for the run's life)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(
+                f"{self.root} is in use by {holder}: wait for that run, stop it, or give trainer.experiment_name "
+                "(or trainer.default_local_dir) another value"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+            logger.warning("%s: this file system has no locks; do not start a second run there", self.root)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._lock = file
+
+    def close(self) -> None:
+        """Give the root free; calling it twice is harmless."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def begin(self, start: Checkpoint | None) -> None:
+        """A run starts from `start` (None: from nothing): let the best record be the best of what led there.
+
+        A record of anything else, such as an earlier run's in the same folder, is set aside.
+        """
+        there = self._that_led_to(start)
+        found, record = self._best_of(there), self._best_record()
+        if found == record:
+            return
+        if record is not None:
+            origin = "nothing" if start is None else start.path
+            logger.warning("%s says %s, but this run starts from %s: set aside", self.root / BEST, record, origin)
+            os.replace(self.root / BEST, self.root / f"{BEST}.old")
+        if found is not None:
+            write_json_atomic(self.root / BEST, found)
 
     @contextmanager
     def saving(
@@ -100,12 +160,14 @@ class CheckpointManager:
         metrics: Mapping[str, float] | None = None,
         *,
         only_best: bool = False,
+        before_commit: Callable[[], None] = lambda: None,
     ) -> Iterator[Checkpoint]:
         """Gives a temporary checkpoint to write `actor/` into; leaving the block makes it `global_step_{step}`.
 
         An exception inside the block leaves everything as it was. `metrics` decide what is best; without the
         `keep_best` metric among them, or when it is not finite, the best one stays. `only_best`: this one is kept
-        as long as it is the best, and is deleted once a better one is whole.
+        as long as it is the best, and is deleted once a better one is whole. `before_commit` is called when all is
+        flushed and nothing counts yet: for records that a run which resumes from here will not make again.
         """
         value = self._metric(metrics or {})
         self.root.mkdir(parents=True, exist_ok=True)
@@ -118,8 +180,10 @@ class CheckpointManager:
             yield Checkpoint(step, aside)
             self._on_point("written")
             write_json_atomic(aside / "data.json", dict(data))
-            write_json_atomic(aside / MANIFEST, _manifest(aside, step, metrics or {}) | {"only_best": only_best})
+            about = {"only_best": only_best, "save": 1 + max(map(_save_number, self.complete()), default=0)}
+            write_json_atomic(aside / MANIFEST, _manifest(aside, step, metrics or {}) | about)
             fsync_tree(aside)
+            before_commit()
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -155,8 +219,8 @@ class CheckpointManager:
     def latest(self) -> Checkpoint | None:
         """The checkpoint the pointer names; None in a folder without any.
 
-        A missing or wrong pointer is reported as an error in the log, with what is there, and the newest whole
-        checkpoint is taken. Raises ValueError when the pointer names a step and no whole checkpoint exists.
+        A missing or wrong pointer is reported as an error in the log, with what is there, and the whole checkpoint
+        that was saved last is taken. Raises ValueError when the pointer names a step and no whole one exists.
         """
         there = self.complete()
         names = [c.path.name for c in there]
@@ -173,8 +237,9 @@ class CheckpointManager:
                 f"{pointer} {says}, but there is no whole checkpoint in {self.root}; "
                 "start anew with trainer.resume_mode=disable or name one with trainer.resume_from_path"
             )
-        logger.error("%s %s, but there are %s; using %s", pointer, says, names, names[-1])
-        return there[-1]
+        newest = max(there, key=_save_order)
+        logger.error("%s %s, but there are %s; using %s", pointer, says, names, newest.path.name)
+        return newest
 
     def best(self) -> Checkpoint | None:
         """The checkpoint with the best metric so far; None when none is recorded."""
@@ -205,16 +270,32 @@ class CheckpointManager:
             verify(checkpoint)
         return checkpoint
 
-    def forget_best_after(self, step: int) -> None:
-        """Set the best record aside when it is of a later step: a run that starts at `step` did not make it."""
-        record = self._best_record()
-        if record is not None and record["step"] > step:
-            logger.warning("%s is of step %s, later than this run's start: set aside", self.root / BEST, record["step"])
-            os.replace(self.root / BEST, self.root / f"{BEST}.old")
-
     def would_be_best(self, value: float) -> bool:
         """Whether a save with this value of the `keep_best` metric would become the best one."""
         return math.isfinite(value) and self._is_better(value)
+
+    def _that_led_to(self, start: Checkpoint | None) -> list[Checkpoint]:
+        """`start` and its ancestors in this root by rising step; nothing when it lies elsewhere."""
+        if start is None or start.path.resolve().parent != self.root.resolve():
+            return []
+        found: list[Checkpoint] = []
+        for checkpoint in sorted(self.complete(), key=_save_order, reverse=True):
+            is_start = checkpoint.step == start.step
+            if is_start if not found else checkpoint.step < found[-1].step:
+                found.append(checkpoint)
+        return found[::-1]
+
+    def _best_of(self, checkpoints: list[Checkpoint]) -> dict[str, Any] | None:
+        """The best record that saving these in order would have left."""
+        if self.keep_best is None:
+            record = self._best_record()
+            return record if record is not None and record["step"] in {c.step for c in checkpoints} else None
+        best: dict[str, Any] | None = None
+        for checkpoint in checkpoints:
+            value = _read_json(checkpoint.path / MANIFEST)["metrics"].get(self.keep_best)
+            if value is not None and math.isfinite(value) and (best is None or self._beats(value, best["value"])):
+                best = {"step": checkpoint.step, "metric": self.keep_best, "value": value}
+        return best
 
     def _metric(self, metrics: Mapping[str, float]) -> float | None:
         if self.keep_best is None or self.keep_best not in metrics:
@@ -236,10 +317,13 @@ class CheckpointManager:
         record = self._best_record()
         if record is None or record["metric"] != self.keep_best:
             return True
-        return value < record["value"] if self.lower_is_better else value > record["value"]
+        return self._beats(value, record["value"])
+
+    def _beats(self, value: float, other: float) -> bool:
+        return value < other if self.lower_is_better else value > other
 
     def _prune(self, latest_step: int) -> None:
-        there = self.complete()
+        there = sorted(self.complete(), key=_save_order)
         record = self._best_record()
         never = {latest_step} | ({record["step"]} if record else set())
         regular = [c for c in there if not _read_json(c.path / MANIFEST).get("only_best")]
@@ -261,6 +345,15 @@ class CheckpointManager:
             original = self.root / path.name.removeprefix(_REPLACED)
             if path.name.startswith(_REPLACED) and not original.exists():
                 path.rename(original)
+
+
+def _save_number(checkpoint: Checkpoint) -> int:
+    """1 for the first save into a root; 0 where an older version did not number them."""
+    return int(_read_json(checkpoint.path / MANIFEST).get("save", 0))
+
+
+def _save_order(checkpoint: Checkpoint) -> tuple[int, int]:
+    return _save_number(checkpoint), checkpoint.step
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

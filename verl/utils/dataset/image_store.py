@@ -12,17 +12,20 @@ Invariants
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +39,10 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 PIXELS_FILE = "pixels.bin"
 INDEX_FILE = "index.json"
+_TEMPORARY = ".tmp-"
+_LOCK = ".lock"
+_NOT_YET_LOCKED = 60.0  # seconds: between making the file and locking it
+_SURELY_DEAD = 24 * 3600.0  # seconds
 
 
 def default_cache_dir() -> Path:
@@ -101,12 +108,10 @@ class ImageStore(Mapping[str, ImageRecord]):
                 logger.warning("%s; decoding its %d images again", error, len(ordered))
                 shutil.rmtree(path)
         cache_dir.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=cache_dir))
-        try:
+        _remove_abandoned(cache_dir)
+        with _aside(cache_dir) as aside:
             _write_store(aside, ordered, spec, workers or os.cpu_count() or 1)
             _move_into_place(aside, path)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
         store = cls.open(path)
         store.decoded = len(ordered)
         return store
@@ -174,6 +179,47 @@ def _write_store(folder: Path, items: list[ImageItem], spec: ImageSpec, workers:
     content = {"version": FORMAT_VERSION, "spec": asdict(spec), "images": index}
     (folder / INDEX_FILE).write_text(json.dumps(content))
     fsync_tree(folder)
+
+
+@contextmanager
+def _aside(cache_dir: Path) -> Iterator[Path]:
+    """A folder to build in, and beside it a locked file that says that its builder lives."""
+    aside = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=cache_dir))
+    held = aside.with_name(aside.name + _LOCK)
+    with open(held, "w") as file:
+        _try_lock(file)
+        try:
+            yield aside
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            held.unlink(missing_ok=True)
+
+
+def _remove_abandoned(cache_dir: Path) -> None:
+    """Delete what builds that were killed have left; one that another process is at stays."""
+    for held in sorted(cache_dir.glob(f"{_TEMPORARY}*{_LOCK}")):
+        try:
+            with open(held) as file:
+                young = time.time() - held.stat().st_mtime < _NOT_YET_LOCKED
+                if not young and _try_lock(file):
+                    logger.info("removing %s of a build that was killed", held.with_suffix(""))
+                    shutil.rmtree(held.with_suffix(""), ignore_errors=True)
+                    held.unlink(missing_ok=True)
+        except FileNotFoundError:
+            continue  # its builder has just finished
+    for folder in cache_dir.glob(f"{_TEMPORARY}*"):
+        # Without its file: made a moment ago, or by a version that locked nothing.
+        bare = folder.is_dir() and not folder.with_name(folder.name + _LOCK).exists()
+        if bare and time.time() - folder.stat().st_mtime > _SURELY_DEAD:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or a file system without locks: then nothing counts as abandoned
+        return False
+    return True
 
 
 def _move_into_place(aside: Path, path: Path) -> None:

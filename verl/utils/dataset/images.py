@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from verl.protocol import ImageRecord
-
-Grid = tuple[int, int, int]
+from verl.protocol import Grid, ImageRecord
 
 RESCALE_FACTOR = 1 / 255
 BICUBIC = 3
@@ -241,29 +238,3 @@ def to_patches(
     blocks = blocks.contiguous().to(torch.float32).sub_(mean).div_(std)
     copies = blocks.unsqueeze(6).expand(*blocks.shape[:6], spec.temporal_patch_size, size, size)
     return copies.reshape(batch * rows * columns * merge**2, spec.patch_dim)
-
-
-def patches_of(
-    records: Sequence[ImageRecord], spec: ImageSpec, device: torch.device | str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images in order -> (`pixel_values` (N, patch_dim) float32, `image_grid_thw` (n, 3) int64 on the CPU).
-
-    Images of one size are converted in one go. Raises ValueError on an empty sequence.
-    """
-    if not records:
-        raise ValueError("patches_of needs at least one image")
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for position, record in enumerate(records):
-        by_shape.setdefault(record.pixels.shape, []).append(position)
-    parts: list[torch.Tensor | None] = [None] * len(records)
-    for positions in by_shape.values():
-        stacked = torch.from_numpy(np.stack([records[i].pixels for i in positions]))
-        patches = to_patches(stacked, spec, device)
-        if len(by_shape) == 1:
-            parts = [patches]
-            break
-        for position, part in zip(positions, patches.chunk(len(positions)), strict=True):
-            parts[position] = part
-    values = parts[0] if len(parts) == 1 else torch.cat([part for part in parts if part is not None])
-    assert values is not None
-    return values, torch.tensor([record.grid for record in records], dtype=torch.int64)

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +104,9 @@ def load_rl_dataset(
         raise ValueError(f"data.response_key={options.columns.response!r} is for SFT; use load_sft_dataset")
     rows = read_rows(files, options.columns, max_samples=options.max_samples)
     prompts, images = _prompts(rows, tokenizer, spec, options)
-    tokens = Tokens.of(tokenizer)
-    limit = options.max_prompt_length
-    if limit is None:
-        kept, dropped = prompts, 0
-    else:
-        kept, dropped = _within_limit(prompts, rows, limit, options, tokens)
-    return RLDataset(tuple(kept), images, dropped, _digest(kept, [b""] * len(kept)))
+    prompts, kept = _within_limit(prompts, rows, options, Tokens.of(tokenizer))
+    prompts = [prompts[i] for i in kept]
+    return RLDataset(tuple(prompts), images, len(rows) - len(kept), _digest(prompts, [b""] * len(prompts)))
 
 
 def load_sft_dataset(
@@ -123,6 +117,7 @@ def load_sft_dataset(
 ) -> SFTDataset:
     """As `load_rl_dataset`, with the answers of column `options.columns.response`.
 
+    A prompt over `max_prompt_length` is treated as there, before its answer is looked at.
     A row over `max_total_length` is dropped when `filter_overlong_prompts` is set; with `truncation` right its answer
     is cut (and then has no end token); otherwise it is an error.
     """
@@ -132,10 +127,11 @@ def load_sft_dataset(
     tokens = Tokens.of(tokenizer)
     responses = _responses(rows, tokenizer, tokens)
     prompts, images = _prompts(rows, tokenizer, spec, options)
-    examples = [SFTExample(*pair) for pair in zip(prompts, responses, strict=True)]
-    kept, dropped = _examples_within_limit(examples, rows, options)
+    prompts, fitting = _within_limit(prompts, rows, options, tokens)
+    examples = [SFTExample(prompts[i], responses[i]) for i in fitting]
+    kept = _examples_within_limit(examples, [rows[i] for i in fitting], options)
     digest = _digest([e.prompt for e in kept], [e.response_ids.tobytes() for e in kept])
-    return SFTDataset(tuple(kept), images, dropped, digest)
+    return SFTDataset(tuple(kept), images, len(rows) - len(kept), digest)
 
 
 def _prompts(
@@ -167,11 +163,15 @@ def _prompts(
 
 
 def _within_limit(
-    prompts: Sequence[Prompt], rows: Sequence[Row], limit: int, options: DatasetOptions, tokens: Tokens
-) -> tuple[list[Prompt], int]:
+    prompts: Sequence[Prompt], rows: Sequence[Row], options: DatasetOptions, tokens: Tokens
+) -> tuple[list[Prompt], list[int]]:
+    """All prompts, cut where `truncation` says so, and the positions of those that stay."""
+    limit = options.max_prompt_length
+    if limit is None:
+        return list(prompts), list(range(len(prompts)))
     overlong = [i for i, prompt in enumerate(prompts) if len(prompt.token_ids) > limit]
     if options.filter_overlong_prompts:
-        return _drop(prompts, overlong, f"data.max_prompt_length={limit}")
+        return list(prompts), _without(overlong, len(prompts), f"data.max_prompt_length={limit}")
     if overlong and options.truncation is Truncation.ERROR:
         first = overlong[0]
         longest = max(len(prompts[i].token_ids) for i in overlong)
@@ -184,7 +184,7 @@ def _within_limit(
     for i in overlong:
         ids = truncate(prompts[i].token_ids, limit, options.truncation, tokens, where=rows[i].where)
         kept[i] = replace(prompts[i], token_ids=ids)
-    return kept, 0
+    return kept, list(range(len(kept)))
 
 
 def _responses(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[TokenIds]:
@@ -201,14 +201,14 @@ def _responses(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokens: 
 
 def _examples_within_limit(
     examples: list[SFTExample], rows: Sequence[Row], options: DatasetOptions
-) -> tuple[list[SFTExample], int]:
+) -> list[SFTExample]:
     limit = options.max_total_length
     if limit is None:
-        return examples, 0
+        return examples
     sizes = [len(example.prompt.token_ids) + len(example.response_ids) for example in examples]
     overlong = [i for i, size in enumerate(sizes) if size > limit]
     if options.filter_overlong_prompts:
-        return _drop(examples, overlong, f"data.max_length={limit}")
+        return [examples[i] for i in _without(overlong, len(examples), f"data.max_length={limit}")]
     kept = list(examples)
     for i in overlong:
         room = limit - len(examples[i].prompt.token_ids)
@@ -219,16 +219,17 @@ def _examples_within_limit(
                 "data.filter_overlong_prompts=True, or data.truncation=right to cut the answer"
             )
         kept[i] = replace(examples[i], response_ids=examples[i].response_ids[:room])
-    return kept, 0
+    return kept
 
 
-def _drop(values: Sequence[T], overlong: Sequence[int], limit: str) -> tuple[list[T], int]:
+def _without(overlong: Sequence[int], count: int, limit: str) -> list[int]:
+    """The other positions below `count`."""
     if overlong:
-        logger.warning("dropped %d of %d rows over %s", len(overlong), len(values), limit)
-    if len(overlong) == len(values):
-        raise ValueError(f"all {len(values)} rows are longer than {limit}; raise it")
+        logger.warning("dropped %d of %d rows over %s", len(overlong), count, limit)
+    if len(overlong) == count:
+        raise ValueError(f"all {count} rows are longer than {limit}; raise it")
     gone = set(overlong)
-    return [value for i, value in enumerate(values) if i not in gone], len(overlong)
+    return [i for i in range(count) if i not in gone]
 
 
 def _digest(prompts: Iterable[Prompt], answers: Sequence[bytes]) -> str:

@@ -11,6 +11,7 @@ Invariants
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -131,6 +132,33 @@ def validation_metrics(reports: Mapping[str, SourceReport]) -> dict[str, float]:
             metrics[f"{aux}/parse_fail"] = report.classification.parse_failure_rate
             metrics |= {f"{aux}/recall/{name}": value for name, value in report.classification.recall.items()}
     return {name: value for name, value in metrics.items() if value is not None}
+
+
+def check_metric_name(
+    name: str, sources: Mapping[str, Sequence[str] | None], answers: int, also: Sequence[str]
+) -> None:
+    """Raises ValueError when no validation can give a metric `name`, with close ones and all that are known.
+
+    `sources` are the data sources with their classes (None: of the rows), `answers` those of a prompt, `also` names
+    that the caller adds. Parts of a reward and classes of a source that declares none are not known before answers
+    are scored: such a name passes here.
+    """
+    known = list(also)
+    for source, classes in sources.items():
+        aux = f"val-aux/{source}"
+        known += [f"val/{kind}/{source}" for kind in ("acc", "test_score", "f1_score")]
+        known += [f"val-core/{source}/acc/mean@{answers}", f"{aux}/score/mean@{answers}", f"{aux}/parse_fail"]
+        known += [f"{aux}/acc/maj@{answers}"] if answers > 1 else []
+        known += [f"{aux}/recall/{label}" for label in classes or ()]
+        known += [f"{aux}/{kind}" for kind in ("n", "failed", "majority_share", "acc/standard_error")]
+        of_part = name.startswith(f"{aux}/") and name.endswith(f"/mean@{answers}")
+        of_label = classes is None and name.startswith(f"{aux}/recall/")
+        if of_part or of_label or name.startswith(f"{aux}/failed/"):
+            return
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"validation gives no metric {name}{hint}; it gives {', '.join(known)}")
 
 
 def _report(source: str, rows: Sequence[ValidationRow], classes: Sequence[str] | None) -> SourceReport:

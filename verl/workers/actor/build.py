@@ -15,6 +15,7 @@ from verl.utils.checkpoint.sharded import load_optimizer, load_sharded, model_st
 from verl.utils.dataset.patches import PatchSource
 from verl.workers.actor.engine import PackedRunner, ShardSpec, TrainEngine, reshard, shard
 from verl.workers.actor.optim import optim_spec
+from verl.workers.actor.receive import reads_from_disk, receive
 from verl.workers.runtime import build_mesh, compute_dtype, dtype_of
 
 
@@ -29,7 +30,7 @@ def build_policy(
     freeze_vision: bool = False,
     offload: Switch = False,
 ) -> Policy:
-    """The sharded policy of a model folder.
+    """The sharded policy of a model folder. Collective: rank 0 reads the folder, the others receive their parts.
 
     A trained one holds its weights in `fsdp.model_dtype`, a frozen one in the compute precision. `offload` keeps the
     weights in host memory between uses (CUDA only).
@@ -42,6 +43,7 @@ def build_policy(
         dtype=compute_dtype(fsdp.model_dtype, device) if trained else param_dtype,
         checkpointing=trained and _decided(model.enable_gradient_checkpointing),
         overrides=model.override_config,
+        on_meta=not reads_from_disk(),
     )
     buffers = dtype_of(precision.buffer_dtype)
     other = {name: b.dtype for name, b in policy.named_buffers() if b.is_floating_point() and b.dtype != buffers}
@@ -56,7 +58,8 @@ def build_policy(
         reshard_after_forward=not trained or _decided(fsdp.reshard_after_forward),
     )
     # fully_shard moves block by block: the whole model never stands on one device
-    return shard(policy, build_mesh(device, fsdp.fsdp_size), spec)
+    place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    return shard(policy, build_mesh(device, fsdp.fsdp_size), spec, lambda module: receive(module, place))
 
 
 def _decided(switch: Switch) -> bool:

@@ -10,7 +10,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
@@ -46,8 +46,10 @@ class ShardSpec:
     step instead of two a micro-batch, for a whole copy in `param_dtype` on every rank."""
 
 
-def shard(policy: Policy, mesh: DeviceMesh, spec: ShardSpec) -> Policy:
-    """Apply FSDP2 to every transformer block and to the root, in place."""
+def shard(
+    policy: Policy, mesh: DeviceMesh, spec: ShardSpec, prepare: Callable[[nn.Module], None] = lambda _: None
+) -> Policy:
+    """Apply FSDP2 to every transformer block and to the root, in place; `prepare` sees each one just before."""
     options = {
         "mesh": mesh,
         # Inputs have the computing dtype, except the tower's angles, which the sampler's forward keeps in fp32 too.
@@ -58,7 +60,9 @@ def shard(policy: Policy, mesh: DeviceMesh, spec: ShardSpec) -> Policy:
         "reshard_after_forward": spec.reshard_after_forward,
     }
     for block in (*policy.hf.model.visual.blocks, *policy.hf.model.language_model.layers):
+        prepare(block)
         fully_shard(block, **options)
+    prepare(policy)
     fully_shard(policy, **options)
     policy.keep_gathered = not spec.reshard_after_forward
     return policy

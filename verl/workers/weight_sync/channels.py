@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
+from verl.workers.runtime import rendezvous_store
+
 _JOIN_TIMEOUT = timedelta(minutes=10)
 _TRANSFER_TIMEOUT = timedelta(minutes=30)
 
@@ -164,7 +166,8 @@ class _Broadcasts:
         self._running: dict[int, dist.Work] = {}
         world = 1 + meeting.receivers
         # Kept: the group asks the store again when it connects, which is at the first broadcast.
-        self._store = dist.TCPStore(meeting.host, meeting.port, world, is_master=rank == 0, timeout=_JOIN_TIMEOUT)
+        self._store = rendezvous_store((meeting.host, meeting.port))
+        self._store.set_timeout(_JOIN_TIMEOUT)
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = _TRANSFER_TIMEOUT
