@@ -19,7 +19,7 @@ from verl.workers.reward_manager.pool import RewardPool
 from verl.workers.rollout.base import Sampling
 from verl.workers.rollout.forward import decode
 from verl.workers.rollout.hf import HFEngine
-from verl.workers.rollout.worker import RolloutWorker
+from verl.workers.rollout.worker import Place, RolloutWorker
 
 TELL = """
 def compute_score(solution_str, ground_truth, extra_info):
@@ -40,7 +40,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> RolloutWorker:
         "trainer.val_only=True",
         "trainer.n_gpus_per_node=1",
     ]
-    return RolloutWorker(load("ppo_trainer", overrides), [])
+    return RolloutWorker(load("ppo_trainer", overrides), [], Place(), False)
 
 
 def test_answers_of_the_hf_engine_are_scored_before_the_others_are_written(
