@@ -1,6 +1,6 @@
 """How a bucket's bytes get from an actor process to a rollout process.
 
-`mapped` (colocated): two buckets that both processes map, through CUDA IPC on a GPU and a memory-mapped file on a CPU;
+`mapped` (colocated): two buckets that both processes map, through CUDA IPC on a GPU and a memory file on a CPU;
 nothing is copied on the way. Who may touch which bucket when is decided by the driver's order of calls (`sync`).
 `broadcast` (split): actor rank 0 broadcasts to every rollout rank, NCCL on GPUs and gloo on CPUs; both ends have two
 buckets of their own, so that the next one is filled, or on its way, while the last is still loaded.
@@ -12,8 +12,6 @@ CUDA parts run on torch 2.11; memory with `expandable_segments` cannot be export
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,7 +39,7 @@ class MappedHandle:
     """What another process on the same device or node needs to map both buckets."""
 
     place: str
-    """UUID of the GPU, or the path of the file."""
+    """UUID of the GPU, or a path to the sender's open file."""
     cuda: tuple[Any, ...] | None
     """Arguments of torch's rebuild function; None on a CPU."""
 
@@ -103,7 +101,10 @@ class MappedSendEnd:
             _, arguments = reduce_tensor(self._flat)
             self.handle = MappedHandle(gpu_uuid(device), arguments)
         else:
-            path = _shared_file(2 * largest * dtype.itemsize)
+            # Memory without a name: nothing is left behind however the processes end, and /dev/shm may be small.
+            self._file = os.fdopen(os.memfd_create("timemaster-weights"), "r+b", buffering=0)
+            self._file.truncate(2 * largest * dtype.itemsize)
+            path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
             self._flat = _map_file(path, largest, dtype)
             self.handle = MappedHandle(path, None)
 
@@ -125,7 +126,6 @@ class MappedReceiveEnd:
             self._flat = rebuild_cuda_tensor(*handle.cuda)
         else:
             self._flat = _map_file(handle.place, max(sizes), dtype)
-            os.unlink(handle.place)  # the memory lives as long as the two mappings
 
     def bucket(self, index: int) -> Tensor:
         return self._flat[index % 2, : self._sizes[index]]
@@ -136,16 +136,6 @@ class MappedReceiveEnd:
 
 def gpu_uuid(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
-
-
-def _shared_file(nbytes: int) -> str:
-    """A file of `nbytes` in shared memory, or in the temporary folder where /dev/shm is too small."""
-    shm = "/dev/shm"
-    roomy = os.path.isdir(shm) and shutil.disk_usage(shm).free > 2 * nbytes
-    descriptor, path = tempfile.mkstemp(prefix="timemaster-weights-", dir=shm if roomy else None)
-    os.truncate(descriptor, nbytes)
-    os.close(descriptor)
-    return path
 
 
 def _map_file(path: str, size: int, dtype: torch.dtype) -> Tensor:

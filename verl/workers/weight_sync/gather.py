@@ -7,6 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+# torch 2.13 renamed the function and warns of the old name; 2.11 has only that.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @torch.no_grad()
 def gather_into(parameter: Tensor, out: Tensor) -> None:
@@ -25,8 +28,6 @@ def gather_into(parameter: Tensor, out: Tensor) -> None:
     if mesh.size(dim) == 1:
         out.copy_(local.reshape(-1), non_blocking=True)
     elif parameter.shape[0] % mesh.size(dim) == 0:
-        dist.all_gather_into_tensor(
-            out, local.to(out.device, out.dtype).reshape(-1).contiguous(), group=mesh.get_group(dim)
-        )
+        _all_gather(out, local.to(out.device, out.dtype).reshape(-1).contiguous(), group=mesh.get_group(dim))
     else:
         out.copy_(parameter.detach().to(out.dtype).full_tensor().reshape(-1), non_blocking=True)
