@@ -199,8 +199,8 @@ def ctu_3b_prompts(
     prompts, store = [], {}
     for number in range(workload.prompts if count is None else count):
         words = rng.integers(0, min(special.values()), text)
-        picture = [special["<|image_pad|>"]] * workload.image_tokens
-        parts = (words[: text // 2], [special["<|vision_start|>"], *picture, special["<|vision_end|>"]])
+        pads = [special["<|image_pad|>"]] * workload.image_tokens
+        parts = (words[: text // 2], [special["<|vision_start|>"], *pads, special["<|vision_end|>"]])
         ids = np.concatenate([*parts, words[text // 2 :]]).astype(np.int32)
         key = f"plot-{number}"
         store[key] = picture(key, workload.grid, rng)
