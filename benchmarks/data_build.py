@@ -77,32 +77,38 @@ def main() -> None:
     parser.add_argument("--archives", type=Path, default=rows.ROOT.parent / "shared" / "data")
     parser.add_argument("--series", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rows", nargs="+", default=["draw", *FOLDERS], choices=["draw", *FOLDERS])
     parser.add_argument("--only-draw", action="store_true", help="used by the script itself")
     args = parser.parse_args()
     if args.only_draw:
         draw(args.series, args.workers)
         return
-    made = []
-    again = [sys.executable, __file__, "--only-draw", f"--series={args.series}", f"--workers={args.workers}"]
-    cost = run(again)
-    note = f"aim {AIM_S:.0f} s on 2 idle cores; {1e3 * cost.cpu_s / args.series:.1f} CPU ms a plot; "
-    made.append(
-        row_of("draw", f"{args.series:,} series of 1,500 points, {args.workers} workers", cost, args.series, note)
-    )
+    if "draw" in args.rows:
+        again = [sys.executable, __file__, "--only-draw", f"--series={args.series}", f"--workers={args.workers}"]
+        cost = run(again)
+        note = f"aim {AIM_S:.0f} s on 2 idle cores; {1e3 * cost.cpu_s / args.series:.1f} CPU ms a plot; "
+        workload = f"{args.series:,} series of 1,500 points, {args.workers} workers"
+        keep(row_of("draw", workload, cost, args.series, note))
     with tempfile.TemporaryDirectory() as scratch:
         for name, folder in FOLDERS.items():
-            source = args.archives / folder
-            if not source.is_dir():
-                print(f"{name}: no archive at {source}; left out", flush=True)
-                continue
-            output = Path(scratch, name)
-            options = [f"task={name}", f"source={source}", f"output={output}", "cache=null", f"workers={args.workers}"]
-            cost = run([sys.executable, "-m", "verl.timeseries.build", *options])
-            plots = sum(1 for _ in output.glob("images/*/*.png"))
-            made.append(
-                row_of(f"build {name}", f"raw archive to plots and parquet, {args.workers} workers", cost, plots)
-            )
-    rows.write("data_build", made)
+            if name in args.rows:
+                build(name, args.archives / folder, Path(scratch, name), args.workers)
+
+
+def build(name: str, source: Path, output: Path, workers: int) -> None:
+    if not source.is_dir():
+        print(f"{name}: no archive at {source}; left out", flush=True)
+        return
+    options = [f"task={name}", f"source={source}", f"output={output}", "cache=null", f"workers={workers}"]
+    cost = run([sys.executable, "-m", "verl.timeseries.build", *options])
+    plots = sum(1 for _ in output.glob("images/*/*.png"))
+    keep(row_of(f"build {name}", f"raw archive to plots and parquet, {workers} workers", cost, plots))
+
+
+def keep(row: rows.BenchmarkRow) -> None:
+    """Rows of other runs stay."""
+    print(f"{row.row}: {row.value:.1f} s, {row.mode}", flush=True)
+    rows.write("data_build", [row], show=False, append=True)
 
 
 if __name__ == "__main__":

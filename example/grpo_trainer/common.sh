@@ -36,7 +36,7 @@ fi
 prompt_length=1024
 experiment=""
 if [[ $MODALITY != image ]]; then
-    prompt_length=${NUMERIC_PROMPT_LENGTH:-4608}
+    prompt_length=${NUMERIC_PROMPT_LENGTH:-5120}
     experiment=_$MODALITY
 fi
 # Options of the vLLM engine; the hf engine does not use them.

@@ -13,7 +13,7 @@ launch=(python3)
 
 # The prompt counts after image expansion; digits need more room than a plot.
 prompt_length=1024
-[[ $MODALITY == image ]] || prompt_length=${NUMERIC_PROMPT_LENGTH:-4608}
+[[ $MODALITY == image ]] || prompt_length=${NUMERIC_PROMPT_LENGTH:-5120}
 
 exec "${launch[@]}" -m verl.trainer.sft_trainer \
     data.train_files="$DATA/sft_fit.parquet" \
