@@ -1,7 +1,7 @@
 """From a time-series archive to plots and parquet files: no torch, no ray.
 
-Reading order: `task.py` (what a task declares), `tasks/ctu.py` (one task), `readers.py`, `plot.py`, `describe.py`,
-`build.py`.
+Reading order: `task.py` (what a task declares), `tasks/ctu.py` (one task), `readers.py`, `plot.py`, `numeric.py`,
+`describe.py`, `build.py`, `card.py`. Beside them: `own.py` (CSV folders), `baselines.py`, `tokens.py`, `written.py`.
 """
 
 from verl.timeseries.task import TaskSpec

@@ -7,6 +7,7 @@ Invariant: on an untouched output of `verl.timeseries.build` every file keeps it
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,13 @@ def write_tables(folder: Path, task: TaskSpec, *, seed: int = 1) -> dict[str, in
     """
     from verl.timeseries.tables import to_table, write_parquet
 
+    card = folder / "data_card.json"
+    kind = json.loads(card.read_text(encoding="utf-8"))["group_kind"] if card.is_file() else "row"
+    if kind != "row":
+        raise ValueError(
+            f"{folder}: fit and val of task {task.name} are cut by {kind}, which the Arrow folders do not hold; run "
+            "python3 -m verl.timeseries.build, which writes these tables too"
+        )
     rows = {split: _read(folder, split, task) for split in SPLITS}
     labels = [row["reward_model"]["ground_truth"] for row in rows["train"]]
     val, fit = stratified_cut(labels, round(task.val_fraction * len(labels)), seed)

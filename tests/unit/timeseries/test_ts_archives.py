@@ -20,6 +20,7 @@ from small_archives import WINDOW, write_cinc, write_har, write_whales, zipped
 
 from verl.timeseries import get_task
 from verl.timeseries.build import BuildConfig, build, main
+from verl.timeseries.from_arrow import write_tables
 from verl.timeseries.readers import Archive
 
 ECG, HAR, RCW = get_task("ecg"), get_task("har"), get_task("rcw")
@@ -87,6 +88,13 @@ def test_no_ecg_record_is_on_two_sides(tmp_path: Path) -> None:
     assert card["groups"]["train"] + card["groups"]["test"] == 24
     assert card["groups"]["fit"] + card["groups"]["val"] == card["groups"]["train"]
     assert "24 of 8528 records are here" in card["warnings"]
+
+
+def test_tables_of_grouped_rows_are_not_cut_again_by_row(tmp_path: Path) -> None:
+    write_cinc(tmp_path / "a")
+    built("ecg", tmp_path / "a", tmp_path / "out", modality="numeric")
+    with pytest.raises(ValueError, match="task ecg are cut by record, which the Arrow folders do not hold"):
+        write_tables(tmp_path / "out", ECG)
 
 
 def lines(path: Path, change: Callable[[list[str]], list[str]]) -> None:
