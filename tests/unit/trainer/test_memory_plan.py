@@ -13,6 +13,7 @@ from verl.models.sizes import FUSED, LIBRARY, ModelSizes
 from verl.trainer.ppo.memory import (
     GIB,
     KEYS,
+    MARGIN,
     WORKSPACE,
     Demand,
     Switches,
@@ -173,7 +174,7 @@ def test_no_single_switch_of_a_plan_could_be_left_off() -> None:
         for name in ALL:
             if getattr(plan.switches, name):
                 without = estimate(demand, dataclasses.replace(plan.switches, **{name: False}))
-                assert without.peak > demand.device, f"{name} was needless with {groups} groups: {plan.table()}"
+                assert without.peak > MARGIN * demand.device, f"{name} was needless, {groups} groups: {plan.table()}"
                 assert f"{without.peak / GIB:.1f} GiB" in plan.reasons[name]
 
 

@@ -21,6 +21,8 @@ WORKSPACE = int(4.5 * GIB)
 """Chunks of logits, kernels' workspace and gaps: measured peaks less what is counted (1x H200, CTU-3B)."""
 CONTEXT = GIB
 """A process's CUDA context and loaded kernels."""
+MARGIN = 0.95
+"""Share of the GPU that the plan fills where it may choose; a run is refused only above the whole of it."""
 ENGINE_EXTRA = 2 * GIB
 """vLLM beside weights and cache: CUDA graphs and workspace. About what it keeps while it sleeps."""
 
@@ -185,11 +187,12 @@ def plan_memory(demand: Demand, fixed: Mapping[str, bool]) -> MemoryPlan:
     def peak(**changes: bool) -> float:
         return estimate(demand, Switches(**{**chosen, **changes})).peak
 
+    room = MARGIN * demand.device
     for name in free:
-        if peak() > demand.device and peak(**{name: True}) < peak():
+        if peak() > room and peak(**{name: True}) < peak():
             chosen[name] = True
     for name in free:  # a cheap switch may have become needless with a costly one
-        if chosen[name] and peak(**{name: False}) <= demand.device:
+        if chosen[name] and peak(**{name: False}) <= room:
             chosen[name] = False
     found = Switches(**chosen)
     expected = estimate(demand, found)
