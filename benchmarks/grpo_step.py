@@ -126,8 +126,7 @@ def result_rows(
     measured = steps[args.warm_up :]
     assert measured, f"{len(steps)} steps ran, {args.warm_up} of them to warm up"
     samples = workload.samples * args.gpus
-    checkpointing = "checkpointing" if args.checkpointing else "no checkpointing"
-    mode = f"{args.gpus} ranks, {args.engine}, {checkpointing}, {args.groups} groups a micro-batch"
+    mode = f"{args.gpus} ranks, {args.engine}, checkpointing {args.checkpointing}, {args.groups} groups a micro-batch"
     mode += "".join(f", {item}" for item in args.set) + f"; median of {len(measured)} steps"
 
     def row(name: str, value: float, unit: str, note: str = "") -> rows.BenchmarkRow:
@@ -168,7 +167,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
     parser.add_argument("--groups", type=int, default=4, help="prompts of a micro-batch of the update")
     parser.add_argument("--log-prob-groups", type=int, default=16, help="prompts of a micro-batch without gradients")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument(
+        "--checkpointing", choices=("auto", "True", "False"), default="auto", help="auto: the memory plan decides"
+    )
     parser.add_argument("--model", type=Path, help="folder of the model (made when absent); default: a temporary one")
     parser.add_argument("--append", action="store_true", help="keep the rows of the result file")
     parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of grpo_step.json")

@@ -7,7 +7,8 @@ Rows (`--rows` picks some, in this order): forward and backward of one mini-batc
 transformers, 5 samples a micro-batch, full logits, the judge of tests/padded_reference.py; `packed`: every answer with
 its own prompt; `shared`: prompts shared), `reference` log-probs and the `update` of the whole step with fp32 master
 weights and AdamW, and `parity`, the distance of each path to the padded one in fp32. What does not fit in memory is a
-row that says so. Results are written after every row.
+row that says so. `--rows ablation` takes one part of the fast path away (or one option in) at a time. Results are
+written after every row.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import rows
 import torch
+from ablation import SWITCHES, Switch
 from measure import Deadline, Missed, Timing, attempt, largest_that_fits, once, profiled, release, timed
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -63,7 +66,7 @@ SPEC = OptimSpec(
     min_lr_ratio=0.0,
 )
 _PADDED_SAMPLES = 5  # a padded micro-batch: what a plain trainer of this model fits on a card
-_ACTIVATIONS_GIB = 11.0  # of one group of CTU-3B without checkpointing, in bf16
+_ACTIVATIONS_GIB = 7.5  # estimate for one group of CTU-3B without checkpointing, in bf16
 
 Cut = list[list[TrainGroup]]
 
@@ -94,6 +97,9 @@ class Bench:
     minis: list[list[TrainGroup]]
     """Mini-batches of a step; the first defines its old log-probs itself."""
     found: list[rows.BenchmarkRow] = field(default_factory=list)
+    ablation_groups: int = 4
+    switches: Sequence[str] = ()
+    """Of the ablation; none: all."""
     profile: bool = False
     """Write `profile_<row>.txt` beside the results: where the time of one more pass goes."""
 
@@ -138,9 +144,9 @@ class Bench:
     ) -> None:
         """A row of seconds with tokens/s, MFU and memory in its mode. `passes` is 3 with a backward, else 1."""
         samples = sum(len(g.samples) for g in groups)
-        ratio_to = "" if row == "train_padded_ckpt_s" else "train_padded_ckpt_s"
-        if row in ("reference_s", "update_s"):
-            ratio_to = ""
+        ratio_to = "train_padded_ckpt_s" if row.startswith("train_") and row != "train_padded_ckpt_s" else ""
+        if row.startswith("ablation_") and row != "ablation_base_s":
+            ratio_to = "ablation_base_s"
         if isinstance(result, Missed):
             self.add(row, None, "s", f"{how}: {result.reason}", samples=samples)
             return
@@ -277,7 +283,8 @@ def reference(bench: Bench) -> None:
 def update_plans(bench: Bench) -> list[tuple[bool, int]]:
     """(checkpointing, groups a micro-batch), most hopeful first, without those that cannot fit beside the optimizer."""
     most = len(bench.minis[0])
-    plans = [(False, size) for size in (8, 4, 2, 1)] + [(True, size) for size in (16, 8, 2)]
+    # one group at a time is slower than recomputing many
+    plans = [(False, 8), (False, 4), (False, 2), (True, 16), (True, 8), (False, 1), (True, 2)]
     plans = [(checkpointing, min(size, most)) for checkpointing, size in plans]
     if bench.device == "cuda":
         # fp32 weights, gradients and both averages, and the bf16 copy in use
@@ -382,6 +389,32 @@ def parity(bench: Bench) -> None:
     compare("shared", run(Packed, bench.half, cut(groups, 2)), judge, f"shared, {half}, {exact}")
 
 
+def ablation(bench: Bench) -> None:
+    """The shared pass with one switch at a time, all at one size of the micro-batch."""
+    mini = bench.minis[0]
+    micro_batches = cut(mini, min(bench.ablation_groups, len(mini)))
+    switches: dict[str, tuple[Switch, bool, bool]] = {name: (switch, False, False) for name, switch in SWITCHES.items()}
+    switches["checkpointing"] = (SWITCHES["base"], True, False)
+    switches["packed_in_the_same_thread"] = (SWITCHES["base"], False, True)
+    for name, (switch, checkpointing, same_thread) in switches.items():
+
+        def run(switch: Switch, checkpointing: bool, same_thread: bool) -> Timing:
+            path = Packed(bench, bench.half, checkpointing=checkpointing)
+            path.runner.pack_ahead = path.runner.pack_ahead and not same_thread
+            with switch(path.policy):
+                return timed(lambda: path.pass_over(micro_batches), bench.deadline, repeats=3)
+
+        if bench.switches and name not in bench.switches:
+            continue
+        how = f"{name}, shared prefix, {len(micro_batches[0])} groups a micro-batch"
+        try:
+            result: Timing | Missed = attempt(partial(run, switch, checkpointing, same_thread))
+        except (ValueError, RuntimeError) as error:  # a switch that this machine does not have is a row as well
+            result = Missed(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        release()
+        bench.add_timing(f"ablation_{name}_s", result, how, mini, passes=3, shared=True)
+
+
 ROWS: dict[str, Callable[[Bench], None]] = {
     "padded_ckpt": lambda bench: padded(bench, "train_padded_ckpt_s", checkpointing=True),
     "padded": lambda bench: padded(bench, "train_padded_s", checkpointing=False),
@@ -390,6 +423,7 @@ ROWS: dict[str, Callable[[Bench], None]] = {
     "reference": reference,
     "update": update,
     "parity": parity,
+    "ablation": ablation,
 }
 
 
@@ -410,9 +444,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-size", choices=sorted(WORKLOADS), default="3b")
     parser.add_argument("--model", type=Path, help="folder of the model (made when absent); default: a temporary one")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS)[:-1])
     parser.add_argument("--seconds", type=float, default=1800.0, help="limit; rows that would start later are left out")
     parser.add_argument("--append", action="store_true", help="keep the rows of the result file")
+    parser.add_argument("--groups", type=int, default=4, help="groups a micro-batch of the ablation")
+    parser.add_argument("--switches", nargs="*", default=[], help="some switches of the ablation; default: all")
     parser.add_argument("--profile", action="store_true", help="write profile_<row>.txt of packed, shared and update")
     parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of train_step.json")
     return parser.parse_args(argv)
@@ -432,7 +468,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         for start in range(0, len(prompts), workload.mini_batch)
     ]
     found = rows.read("train_step", args.results) if args.append else []
-    bench = Bench(workload, folder, device, deadline, args.results, patches, minis, found, args.profile)
+    bench = Bench(
+        workload,
+        folder,
+        device,
+        deadline,
+        args.results,
+        patches,
+        minis,
+        found,
+        args.groups,
+        args.switches,
+        args.profile,
+    )
     run_rows(bench, args.rows)
     rows.write("train_step", bench.found, folder=args.results)
     torch.distributed.destroy_process_group()

@@ -153,6 +153,7 @@ def sft_model(config: SFTConfig) -> ModelConfig:
         trust_remote_code=model.trust_remote_code,
         override_config=model.override_config,
         enable_gradient_checkpointing=model.enable_gradient_checkpointing,
+        use_liger=False,
         use_remove_padding=True,
     )
 

@@ -87,7 +87,6 @@ PPO_RULES: dict[str, Rule] = {
     "data.mm_processor_kwargs.*": missing(),
     "data.trust_remote_code": missing(False),
     # model
-    "actor_rollout_ref.model.use_liger": missing(False),
     "actor_rollout_ref.model.lora_rank": missing(0),
     "actor_rollout_ref.model.lora_alpha": missing(16),
     "actor_rollout_ref.model.target_modules": missing("all-linear"),

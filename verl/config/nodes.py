@@ -74,6 +74,8 @@ class ModelConfig:
     """Fields of the model's config.json to replace."""
     enable_gradient_checkpointing: Switch
     """Recompute activations in the backward pass; auto: only where memory demands it."""
+    use_liger: bool
+    """Liger's Triton kernels for norms and gated activations; needs CUDA and the package liger-kernel."""
     use_remove_padding: bool
     """Packed forward. It is the only path: False changes nothing."""
 

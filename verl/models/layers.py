@@ -6,6 +6,7 @@ library up to rounding. Touches transformers internals; run on transformers 5.17
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -155,6 +156,49 @@ _REPLACED = {
     qwen.Qwen2_5_VLAttention: PackedAttention,
     qwen.Qwen2_5_VLVisionAttention: SegmentAttention,
 }
+
+
+class LigerRMSNorm(FusedRMSNorm):
+    """Liger's Triton kernel (`model.use_liger`)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+        # llama: the library's order of rounding; not in place: the gradient belongs to others too
+        return LigerRMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon, 0.0, "llama", False)
+
+
+def _liger_gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return LigerSiLUMulFunction.apply(gate, up)
+
+
+class LigerMLP(GatedMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(_liger_gated_silu(self.gate_proj(x), self.up_proj(x)))
+
+
+class LigerVisionMLP(GatedVisionMLP):
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return self.down_proj(_liger_gated_silu(self.gate_proj(hidden_state), self.up_proj(hidden_state)))
+
+
+_LIGER = {FusedRMSNorm: LigerRMSNorm, GatedMLP: LigerMLP, GatedVisionMLP: LigerVisionMLP}
+
+
+def use_liger(model: nn.Module) -> None:
+    """Replace norms and gated activations of a fused model by Liger's kernels (read at liger-kernel 0.8.5), in place.
+
+    Raises ValueError without CUDA or without the package.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("model.use_liger=True needs a CUDA device: set it to False")
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ValueError("model.use_liger=True needs the package liger-kernel: install it, or set use_liger=False")
+    for module in model.modules():
+        if type(module) in _LIGER:
+            module.__class__ = _LIGER[type(module)]
 
 
 def fuse_layers(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen2_5_VL
 
 from verl.models.attention import IMPLEMENTATION, AttentionPlan, plan_for
 from verl.models.gather import gather_rows
-from verl.models.layers import fuse_layers
+from verl.models.layers import fuse_layers, use_liger
 from verl.models.log_probs import TokenStats, response_stats
 from verl.models.transfer import pinned_to_device, to_device
 from verl.models.vision import vision_plan
@@ -254,11 +254,12 @@ def load_policy(
     checkpointing: bool = False,
     overrides: Mapping[str, Any] | None = None,
     on_meta: bool = False,
+    liger: bool = False,
 ) -> Policy:
     """The policy of a Hugging Face folder, weights in `dtype` on the CPU. Its mode does not matter: dropout is 0.
 
     `overrides` replaces fields of the text model's config, see `model_config`. `on_meta`: no weights are read and
-    none take memory.
+    none take memory. Raises ValueError where `liger` kernels are asked for and cannot be used.
     """
     config = model_config(path, overrides)
     if on_meta:
@@ -270,6 +271,8 @@ def load_policy(
             path, config=config, dtype=dtype, attn_implementation="sdpa"
         )
     policy = Policy(hf, banned_ids(path, tokenizer, hf.config.text_config.vocab_size))
+    if liger:
+        use_liger(hf)
     if checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return policy.train(checkpointing)  # transformers checkpoints only in train mode

@@ -47,6 +47,18 @@ def test_rows_that_the_time_does_not_allow_say_so_and_append_keeps_the_others(mo
     assert (second["row"], second["value"]) == ("shared", None) and "time limit" in second["mode"]
 
 
+def test_the_ablation_has_a_row_for_every_switch_it_is_asked_for(model: Path, tmp_path: Path) -> None:
+    import train_step
+
+    asked = ["base", "vision_attention_by_window", "patch_convolution", "library_norms", "head_checkpointed", "liger"]
+    options = ["--model", str(model), "--results", str(tmp_path), "--rows", "ablation", "--switches", *asked]
+    train_step.main(["--model-size", "tiny", *options])
+    found = {row["row"]: row for row in json.loads((tmp_path / "train_step.json").read_text())}
+    assert found.keys() == {f"ablation_{name}_s" for name in asked}
+    without = [name for name, row in found.items() if row["value"] is None]
+    assert without in ([], ["ablation_liger_s"]), without
+
+
 def test_what_does_not_fit_is_a_reason_and_the_largest_size_that_fits_is_tried_last() -> None:
     import torch
     from measure import Missed, attempt, largest_that_fits

@@ -70,3 +70,9 @@ def test_another_activation_is_refused() -> None:
     module.act_fn = nn.GELU()
     with pytest.raises(ValueError, match="only silu"):
         fuse_layers(module)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="states what happens without CUDA")
+def test_liger_without_cuda_is_refused(shared_policy: Policy) -> None:
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        layers.use_liger(shared_policy.hf)

@@ -44,6 +44,7 @@ def build_policy(
         checkpointing=trained and _decided(model.enable_gradient_checkpointing),
         overrides=model.override_config,
         on_meta=not reads_from_disk(),
+        liger=model.use_liger,
     )
     buffers = dtype_of(precision.buffer_dtype)
     other = {name: b.dtype for name, b in policy.named_buffers() if b.is_floating_point() and b.dtype != buffers}

@@ -1,0 +1,129 @@
+"""One switch at a time on the shared-prefix pass: what each part of the fast path is worth, losing ones included.
+
+Each switch puts back what the part replaced, or turns an option on. It changes a policy or this process, and undoes
+what it did to the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import verl.models.attention
+import verl.models.policy
+from verl.models import layers
+from verl.models.log_probs import TokenStats, policy_logits
+from verl.models.policy import Policy
+
+Switch = Callable[[Policy], contextlib.AbstractContextManager[None]]
+
+
+def _as_in_library(model: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Give modules of these replaced kinds the library's forward again."""
+    library = {new: old for old, new in layers._REPLACED.items()}
+    for module in model.modules():
+        if type(module) in kinds:
+            module.__class__ = library[type(module)]
+
+
+@contextlib.contextmanager
+def _nothing(policy: Policy) -> Iterator[None]:
+    yield
+
+
+@contextlib.contextmanager
+def _vision_by_window(policy: Policy) -> Iterator[None]:
+    tower = policy.hf.model.visual
+    _as_in_library(tower, layers.SegmentAttention, layers.SignedVisionRotaryEmbedding)
+    policy.config.vision_config._attn_implementation = "sdpa"
+    yield
+
+
+@contextlib.contextmanager
+def _patch_convolution(policy: Policy) -> Iterator[None]:
+    del policy.hf.model.visual.patch_embed.forward  # the instance's own; the class has the convolution
+    yield
+
+
+@contextlib.contextmanager
+def _library_norms(policy: Policy) -> Iterator[None]:
+    _as_in_library(policy, layers.FusedRMSNorm)
+    yield
+
+
+@contextlib.contextmanager
+def _library_mlp(policy: Policy) -> Iterator[None]:
+    _as_in_library(policy, layers.GatedMLP, layers.GatedVisionMLP)
+    yield
+
+
+@contextlib.contextmanager
+def _swapped(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _plain_index(x: Tensor, index: Tensor, copies: Tensor) -> Tensor:
+    return x[index]
+
+
+def _key_gather_by_index(policy: Policy) -> contextlib.AbstractContextManager[None]:
+    return _swapped(verl.models.attention, "gather_rows", _plain_index)
+
+
+def _checkpointed_head(policy: Policy) -> contextlib.AbstractContextManager[None]:
+    return _swapped(verl.models.policy, "response_stats", checkpointed_stats)
+
+
+def checkpointed_stats(
+    hidden: Tensor,
+    vocabulary: Tensor,
+    targets: Tensor,
+    *,
+    banned: Tensor | None,
+    temperature: float,
+    chunk: int = 1024,
+    **_: Any,
+) -> TokenStats:
+    """Chunks under activation checkpointing, the gradient by autograd; entropies without one."""
+
+    def one(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        every = policy_logits(rows, vocabulary, banned, temperature).log_softmax(-1)
+        with torch.no_grad():
+            finite = every if banned is None else every.masked_fill(banned, 0.0)
+            entropy = -(every.exp() * finite).sum(-1)
+        return every.gather(-1, wanted[:, None])[:, 0], entropy
+
+    parts = [
+        checkpoint(one, hidden[start : start + chunk], targets[start : start + chunk], use_reentrant=False)
+        for start in range(0, len(targets), chunk)
+    ]
+    return TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+@contextlib.contextmanager
+def _liger(policy: Policy) -> Iterator[None]:
+    layers.use_liger(policy.hf)
+    yield
+
+
+SWITCHES: dict[str, Switch] = {
+    "base": _nothing,
+    "vision_attention_by_window": _vision_by_window,
+    "patch_convolution": _patch_convolution,
+    "library_norms": _library_norms,
+    "library_mlp": _library_mlp,
+    "key_gather_by_index": _key_gather_by_index,
+    "head_checkpointed": _checkpointed_head,
+    "liger": _liger,
+}
+"""Checkpointing and packing in the same thread are switches too; `train_step.py` turns them."""
