@@ -71,6 +71,11 @@ def rendezvous_store(address: tuple[str, int]) -> dist.TCPStore:
     return _opened.pop(address, None) or dist.TCPStore(*address, is_master=False, timeout=_TIMEOUT)
 
 
+def release_rendezvous(address: tuple[str, int]) -> None:
+    """Stop listening, where this process does: for a library that binds the port itself, right before it does."""
+    _opened.pop(address, None)
+
+
 def start_process_group(rank: int, world: int, address: tuple[str, int], device: str) -> None:
     """Join the group of `world` ranks that meets at an address which rank 0 got from `open_rendezvous`."""
     store = rendezvous_store(address)

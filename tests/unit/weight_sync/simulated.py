@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from verl.single_controller.group import Call, WorkerGroup, unwrap
 from verl.single_controller.worker import WorkerFailure, WorkerShell
 from verl.workers.rollout.base import RolloutEngine
+from verl.workers.runtime import open_rendezvous
 from verl.workers.weight_sync.receiver import WeightReceiver
 from verl.workers.weight_sync.sender import WeightSender
 
@@ -30,9 +30,7 @@ class Threads(WorkerGroup):
             shell.worker = worker
 
     def rendezvous(self) -> tuple[str, int]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return "127.0.0.1", probe.getsockname()[1]
+        return open_rendezvous("127.0.0.1")
 
     def submit(self, rank: int, method: str, *args: Any) -> Call:
         def run() -> Any:

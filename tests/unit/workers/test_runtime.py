@@ -10,7 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from verl.workers.runtime import compute_dtype, dtype_of, open_rendezvous, seed_draws, start_process_group
+from verl.workers.runtime import (
+    compute_dtype,
+    dtype_of,
+    open_rendezvous,
+    release_rendezvous,
+    seed_draws,
+    start_process_group,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +51,11 @@ def test_the_port_of_the_rendezvous_is_taken_from_the_moment_it_is_named() -> No
     address = open_rendezvous("127.0.0.1")
     with socket.socket() as rival, pytest.raises(OSError, match="in use"):
         rival.bind(address)
+    given_back = open_rendezvous("127.0.0.1")
+    release_rendezvous(given_back)
+    with socket.socket() as library:
+        library.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        library.bind(given_back)
     start_process_group(0, 1, address, "cpu")
     try:
         assert (dist.get_rank(), dist.get_world_size()) == (0, 1)

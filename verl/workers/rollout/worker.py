@@ -21,7 +21,7 @@ from verl.workers.rollout.forward import Forwarder, Sink
 from verl.workers.rollout.hf import HFEngine
 from verl.workers.rollout.vllm_engine import VLLMEngine, model_facts
 from verl.workers.rollout.vllm_plan import engine_arguments
-from verl.workers.runtime import compute_dtype, import_external, memory_metrics, resolve_device
+from verl.workers.runtime import compute_dtype, import_external, memory_metrics, release_rendezvous, resolve_device
 from verl.workers.weight_sync.receiver import WeightReceiver
 
 
@@ -39,6 +39,7 @@ class Place:
     def announce(self) -> None:
         """Tell vLLM's `external_launcher`, which reads torchrun's variables. Every process sees one GPU, its own."""
         if self.address is not None:
+            release_rendezvous(self.address)
             host, port = self.address
             os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
             os.environ |= {"RANK": str(self.tp_rank), "WORLD_SIZE": str(self.tp_size)}
