@@ -11,9 +11,12 @@ flag PAPER
 gpus=$(visible_gpus)
 if [[ $gpus -eq 0 ]]; then
     N_GPUS=${N_GPUS:-2}
-    echo "$(basename "$0"): no GPU here: hf engine on CPU, $N_GPUS processes"
+    ENGINE=${ENGINE:-hf}
+    echo "$(basename "$0"): no GPU here: $ENGINE engine on CPU, $N_GPUS processes"
 else
     N_GPUS=${N_GPUS:-$gpus}
+    ENGINE=${ENGINE:-vllm}
+    echo "$(basename "$0"): $ENGINE engine on $N_GPUS of $gpus GPUs"
 fi
 
 if [[ $EVAL == True || $PAPER == True ]]; then
@@ -48,7 +51,7 @@ engine=(
     actor_rollout_ref.rollout.enforce_eager=False
     actor_rollout_ref.rollout.free_cache_engine=False
 )
-[[ ${ENGINE:-hf} == vllm ]] || engine=(actor_rollout_ref.rollout.name=hf)
+[[ $ENGINE == vllm ]] || engine=(actor_rollout_ref.rollout.name=hf)
 
 exec python3 -m verl.trainer.main_ppo \
     algorithm.adv_estimator=grpo \

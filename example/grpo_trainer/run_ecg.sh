@@ -5,7 +5,7 @@
 #   EVAL=True        score test.parquet with MODEL_PATH's weights and exit
 #   PAPER=True       the published protocol: train on all train rows, validate on test, keep no best checkpoint
 #   N_GPUS=4         ranks on this machine (default: its GPUs; without one, 2 CPU processes)
-#   ENGINE=hf        rollout engine
+#   ENGINE=vllm      rollout engine: vllm or hf (default: vllm on GPUs, hf without)
 #   TP=1             GPUs of one vLLM engine
 # Arguments are overrides; they come last and win: run_ecg.sh trainer.total_epochs=1 "data.train_files=['a.parquet']"
 set -euo pipefail

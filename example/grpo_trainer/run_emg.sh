@@ -5,7 +5,7 @@
 #   EVAL=True        score test.parquet with MODEL_PATH's weights and exit
 #   PAPER=True       the published protocol: train on all 163 rows, validate on test, keep no best checkpoint
 #   N_GPUS=4         ranks on this machine (default: its GPUs; without one, 2 CPU processes)
-#   ENGINE=hf        rollout engine
+#   ENGINE=vllm      rollout engine: vllm or hf (default: vllm on GPUs, hf without)
 #   TP=1             GPUs of one vLLM engine
 #   JUDGE=True       a judge reads the <extension> (0.5 of the reward); False: class and format alone
 #   JUDGE_URL, JUDGE_MODEL   any OpenAI-compatible server; its key is read from OPENAI_API_KEY, or from the variable that
