@@ -19,8 +19,10 @@ from verl.algorithms.kl import AdaptiveKL, kl_sums
 from verl.config import PPOConfig, batch_plan, render_table, resolved_table, to_dict, to_yaml, uses_reference
 from verl.config.derived import config_differences, max_context
 from verl.config.plan import is_due
+from verl.models.policy import check_model_folder
 from verl.protocol import Group, Prompt, Response, TrainGroup
 from verl.trainer.ppo import batch as step_batch
+from verl.trainer.ppo.canary import Canary
 from verl.trainer.ppo.cluster import Workers, start_workers
 from verl.trainer.ppo.data import RunData, load_run_data
 from verl.trainer.ppo.metrics import (
@@ -74,6 +76,7 @@ class Trainer:
         self.estimate = get_estimator(config.algorithm.adv_estimator)
         self.kl_control = AdaptiveKL.of(config.algorithm.kl_ctrl)
         self.weights_from = config.actor_rollout_ref.model.path
+        self.canary: Canary | None = None
         self.step = 0
         self.checkpoint = self._find_checkpoint()
         if self.data.train is not None:
@@ -147,6 +150,11 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
         self._sync()
+        if config.actor_rollout_ref.rollout.name != "hf":  # hf runs the actor's own code
+            actors, rollouts, device = self.workers.actors, self.workers.rollouts, self.workers.device
+            self.canary = Canary(actors, rollouts, self.data.train.prompts, self.sampling, device=device)
+            folder = check_model_folder(config.actor_rollout_ref.model.path)
+            print(self.canary.start(checkpoint.huggingface if checkpoint else folder), flush=True)
 
     def _train_prompts(self) -> list[Prompt]:
         assert self.data.train is not None
@@ -362,6 +370,8 @@ class Trainer:
         metrics = result.metrics | phase.metrics()
         if np.isfinite(result.accuracy):
             metrics[ACCURACY] = result.accuracy
+        if self.canary is not None and self.step > 0:
+            metrics |= self.canary.check(self.step)
         asked = self.config.trainer.best_metric
         if asked is not None and asked not in metrics and self.config.trainer.keep_best:
             raise ValueError(f"trainer.best_metric={asked}: validation gives no such metric, only {sorted(metrics)}")

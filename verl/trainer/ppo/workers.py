@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from verl.config import PPOConfig, token_budgets
 from verl.models.policy import check_model_folder
 from verl.packing.balance import PATCH_WEIGHT, plan_mini_batch
-from verl.protocol import LogProbs, Prompt, Response, TrainGroup
+from verl.protocol import LogProbs, Prompt, Response, TokenIds, TrainGroup
 from verl.single_controller.cluster import Resources
 from verl.single_controller.group import WorkerGroup
 from verl.trainer.ppo.batch import response_tokens
@@ -125,6 +125,13 @@ class Rollouts:
             Place(self.engines, rank % size, size, addresses[rank - rank % size]) for rank in range(self.group.size)
         ]
         self.group.build(RolloutWorker, [(config, stores, place, waits_for_weights) for place in places])
+
+    def plain_log_probs(
+        self, folder: Path, prompt: Prompt, answer: TokenIds, *, dtype: str, temperature: float
+    ) -> LogProbs:
+        """Of `answer` by the plain model in `folder`; `dtype` is fp32 or bf16."""
+        call = self.group.submit(0, "plain_log_probs", folder, prompt, answer, dtype, temperature)
+        return self.group.gather([call])[0]
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int, sink: Sink | None = None

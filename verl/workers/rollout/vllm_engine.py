@@ -111,7 +111,7 @@ class VLLMEngine(RolloutEngine):
         found: dict[tuple[int, int], Response] = {}
         try:
             for place, (prompt, limit) in enumerate(zip(prompts, answer_limits(prompts, sampling), strict=True)):
-                content = self._input(prompt)
+                content = self.input_of(prompt)
                 for answer in range(sampling.n):
                     parameters = request_parameters(
                         sampling,
@@ -121,7 +121,7 @@ class VLLMEngine(RolloutEngine):
                     )
                     name = f"{place}.{answer}"
                     places[name] = (place, answer)
-                    self.engine.add_request(name, content, self._vllm.sampling(parameters | self._ban))
+                    self.engine.add_request(name, content, self.parameters(parameters))
             while self.engine.has_unfinished_requests():
                 for output in self.engine.step():
                     where = places.pop(output.request_id)
@@ -134,7 +134,7 @@ class VLLMEngine(RolloutEngine):
         assert not places, f"{len(places)} answers never ended, e.g. {sorted(places)[:3]}"
         return [[found[place, answer] for answer in range(sampling.n)] for place in range(len(prompts))]
 
-    def _input(self, prompt: Prompt) -> Any:
+    def input_of(self, prompt: Prompt) -> Any:
         """A ready-made engine input. Its parts are not copied for every answer."""
         ids = prompt.token_ids.tolist()
         if not prompt.image_keys:
@@ -148,6 +148,10 @@ class VLLMEngine(RolloutEngine):
             merge_size=self.model.merge_size,
         )
         return self._vllm.image_input(ids, patches, prompt.image_grids, prompt.image_keys, spans)
+
+    def parameters(self, asked: Mapping[str, Any]) -> Any:
+        """vLLM's own object for the fields of `request_parameters`, with what may not be drawn."""
+        return self._vllm.sampling({**asked, **self._ban})
 
     def _response(self, output: Any, sampling: Sampling) -> Response:
         ids = np.array(output.token_ids, dtype=np.int32)
@@ -181,9 +185,15 @@ class VLLMEngine(RolloutEngine):
             self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(staged.items())})
             if "lm_head.weight" not in self.model.shapes:
                 self.engine.apply_model(_repack_tied_head)
-        assert self.engine.reset_prefix_cache(), (
-            "the prefix cache is in use: weights were changed while answers are written"
-        )
+        self.drop_caches()
+
+    def drop_caches(self) -> None:
+        """Forget what was computed for earlier prompts."""
+        # With asynchronous scheduling a step of answers that have ended may still be under way.
+        core = self.engine.engine_core.engine_core
+        while core.batch_queue:
+            self.engine.step()
+        assert self.engine.reset_prefix_cache(), "weights were changed while answers are written"
         self.engine.reset_mm_cache()
         self.engine.reset_encoder_cache()
 

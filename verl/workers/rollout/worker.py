@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,19 @@ import torch
 from transformers import AutoTokenizer
 
 from verl.config import PPOConfig
-from verl.models.policy import check_model_folder, load_policy, parameter_shapes, stop_ids
-from verl.protocol import Prompt, Response
+from verl.models.policy import (
+    banned_ids,
+    check_model_folder,
+    load_policy,
+    model_config,
+    parameter_shapes,
+    stop_ids,
+)
+from verl.protocol import LogProbs, Prompt, Response, TokenIds
 from verl.utils.dataset.images import ImageSpec
 from verl.utils.dataset.patches import open_patches
 from verl.workers.rollout.base import RolloutEngine, Sampling
+from verl.workers.rollout.canary import plain_log_probs
 from verl.workers.rollout.forward import Forwarder, Sink
 from verl.workers.rollout.hf import HFEngine
 from verl.workers.rollout.vllm_engine import VLLMEngine, model_facts
@@ -80,8 +89,30 @@ class RolloutWorker:
         self.device = resolve_device(config.trainer.device)
         self.engine, self.tokenizer = build_engine(config, stores, place, waits_for_weights=waits_for_weights)
         model = config.actor_rollout_ref.model
-        shapes = parameter_shapes(check_model_folder(model.path), model.override_config)
-        self.weights = WeightReceiver(self.engine, shapes, torch.device(self.device))
+        folder, self.overrides = check_model_folder(model.path), model.override_config
+        self.shapes = parameter_shapes(folder, self.overrides)
+        self.patches = open_patches(stores, ImageSpec.from_pretrained(folder))
+        self.weights = WeightReceiver(self.engine, self.shapes, torch.device(self.device))
+
+    def plain_log_probs(
+        self, folder: Path, prompt: Prompt, answer: TokenIds, dtype: str, temperature: float
+    ) -> LogProbs:
+        """Of `answer` by the plain model in `folder`, on this rank's GPU where it has room, else on the CPU."""
+        kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        vocabulary = model_config(folder, self.overrides).text_config.vocab_size
+        needed = 1.5 * sum(math.prod(shape) for shape in self.shapes.values()) * kind.itemsize
+        has_room = self.device == "cuda" and torch.cuda.mem_get_info()[0] > needed
+        return plain_log_probs(
+            folder,
+            prompt,
+            answer,
+            self.patches,
+            banned=banned_ids(folder, self.tokenizer, vocabulary),
+            temperature=temperature,
+            dtype=kind,
+            device="cuda" if has_room else "cpu",
+            overrides=self.overrides,
+        )
 
     def sleep(self, level: int) -> None:
         self.engine.sleep(level)

@@ -1,0 +1,85 @@
+"""The driver's side of the canary: one real prompt through engine, actor and plain model.
+
+Bounds and verdict: `verl/workers/rollout/canary.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from verl.protocol import LogProbs, Prompt, Response, TrainGroup, TrainSample
+from verl.trainer.ppo.workers import Actors, Rollouts
+from verl.workers.rollout.base import Sampling
+from verl.workers.rollout.canary import TOKENS, Apart, judge
+
+log = logging.getLogger(__name__)
+
+
+class Canary:
+    """Checks that every engine and the actor mean the same distribution; `sampling` is that of training."""
+
+    def __init__(
+        self, actors: Actors, rollouts: Rollouts, prompts: Sequence[Prompt], sampling: Sampling, *, device: str
+    ) -> None:
+        self.actors, self.rollouts, self.device = actors, rollouts, device
+        self.prompt = next((p for p in prompts if p.image_keys), prompts[0])
+        # Without the filters: the actor's distribution has none.
+        self.sampling = dataclasses.replace(
+            sampling, n=1, max_tokens=min(TOKENS, sampling.max_tokens), ignore_eos=True, top_k=-1, top_p=1.0
+        )
+        self._yardstick: Apart | None = None
+
+    def start(self, folder: Path) -> str:
+        """The first check, right after the first transfer; `folder` holds the weights as a plain model. Returns what to
+        print. Raises CanaryError."""
+        answers = self._answers()
+        engine, actor = answers[0].log_probs, self._actor(answers[0])
+        plain = self._plain(folder, answers[0], "fp32")
+        if self.device == "cuda":
+            rounded = self._plain(folder, answers[0], "bf16")
+            self._yardstick = Apart.of(rounded, plain)
+        lines = [
+            f"engine to actor {Apart.of(engine, actor)}",
+            f"engine to plain fp32 {Apart.of(engine, plain)}",
+            f"actor to plain fp32 {Apart.of(actor, plain)}",
+        ]
+        if self._yardstick is not None:
+            lines.append(f"plain bf16 to plain fp32 {self._yardstick}")
+        self._judge(answers, "at the start")
+        what = f"{self.prompt.uid}, {len(self.prompt.image_keys)} plot(s), {len(engine)} tokens"
+        return f"canary ({what}): {'; '.join(lines)}"
+
+    def check(self, step: int) -> dict[str, float]:
+        """After a later transfer; metrics. Raises CanaryError."""
+        worst = self._judge(self._answers(), f"at step {step}")
+        return {"canary/logprob_diff_max": worst.worst, "canary/logprob_diff_mean": worst.mean}
+
+    def _answers(self) -> list[Response]:
+        """One answer of every engine."""
+        parts = self.rollouts.generate([self.prompt] * self.rollouts.engines, self.sampling, step=0)
+        return [answers[0] for answers in parts]
+
+    def _actor(self, answer: Response) -> LogProbs:
+        sample = TrainSample(0, answer.token_ids, np.ones(len(answer.token_ids), np.float32))
+        return self.actors.log_probs([TrainGroup(self.prompt, (sample,))], reference=False)[0]
+
+    def _plain(self, folder: Path, answer: Response, dtype: str) -> LogProbs:
+        temperature = self.sampling.temperature
+        return self.rollouts.plain_log_probs(
+            folder, self.prompt, answer.token_ids, dtype=dtype, temperature=temperature
+        )
+
+    def _judge(self, answers: Sequence[Response], when: str) -> Apart:
+        """Of all engines; the largest distance."""
+        found = []
+        for engine, answer in enumerate(answers):
+            found.append(Apart.of(answer.log_probs, self._actor(answer)))
+            warning = judge(found[-1], self._yardstick, f"{when}, engine {engine}")
+            if warning is not None:
+                log.warning("%s", warning)
+        return max(found, key=lambda apart: apart.mean)
