@@ -39,9 +39,11 @@ WIDE, SMALL, ODD, WINDOW = (1, 8, 16), (1, 6, 10), (1, 10, 18), (1, 8, 8)
 GRIDS = (WIDE, SMALL, ODD, WINDOW)
 
 
-def write_tiny(folder: Path, *, sharpness: float = 4.0, seed: int = 0) -> Path:
+def write_tiny(
+    folder: Path, *, sharpness: float = 4.0, seed: int = 0, size: TinySize = SIZE, texts: Sequence[str] = TEXTS
+) -> Path:
     """A tiny model with weights large enough that attention is far from uniform and a wrong position is seen."""
-    create_tiny_model(folder, TEXTS, size=SIZE, seed=seed)
+    create_tiny_model(folder, texts, size=size, seed=seed)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
