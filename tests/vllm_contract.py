@@ -102,7 +102,8 @@ class EngineContract:
             assert ids(changed) != ids(once)
 
     def test_banned_ids_are_never_drawn(self, host: Host, prompts: list[Prompt], policy: Policy) -> None:
-        flat = dataclasses.replace(SAMPLING, n=16, temperature=50.0, max_tokens=64, ignore_eos=True)
+        # vLLM takes temperatures up to 2.
+        flat = dataclasses.replace(SAMPLING, n=16, temperature=2.0, max_tokens=64, ignore_eos=True)
         answers, _ = host.generate(prompts, flat, 0)
         drawn = np.concatenate([r.token_ids for group in answers for r in group])
         banned = policy.banned.nonzero().flatten().tolist()
@@ -153,7 +154,7 @@ class EngineContract:
     def test_an_update_in_parts_decides_the_next_answers_also_of_images_seen_before(
         self, host: Host, prompts: list[Prompt], policy: Policy, patches: PatchSource, other: Weights
     ) -> None:
-        mine = {name: value.detach().float().cpu().numpy() for name, value in policy.hf.named_parameters()}
+        mine = weights_held(policy)
         before = ids(host.generate(prompts, GREEDY, 0)[0])
         names = list(other)
         cuts = [names[i::3] for i in range(3)]
@@ -170,7 +171,7 @@ class EngineContract:
         assert ids(host.generate(prompts, GREEDY, 0)[0]) == before
 
     def test_an_update_must_be_whole_and_of_this_model(self, host: Host, prompts: list[Prompt], policy: Policy) -> None:
-        mine = {name: value.detach().float().cpu().numpy() for name, value in policy.hf.named_parameters()}
+        mine = weights_held(policy)
         before = ids(host.generate(prompts, GREEDY, 0)[0])
         first, rest = dict(list(mine.items())[:4]), len(mine) - 4
         with pytest.raises(RemoteError, match=f"AssertionError: {rest} weights did not arrive"):
@@ -186,6 +187,11 @@ class EngineContract:
             host.update([{name: np.zeros(1, np.float32)}])
         host.update([mine])
         assert ids(host.generate(prompts, GREEDY, 0)[0]) == before
+
+
+def weights_held(policy: Policy) -> Weights:
+    """A copy, by Hugging Face name."""
+    return {name: value.detach().float().cpu().numpy().copy() for name, value in policy.hf.named_parameters()}
 
 
 def policy_with(policy: Policy, weights: Weights) -> Policy:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from model_fixtures import ODD, SMALL, WIDE, WINDOW, Maker, patch_source, write_tiny
 from transformers import AutoTokenizer
-from vllm_contract import GREEDY, OFTEN, EngineContract, Weights, ids, weights_of
+from vllm_contract import GREEDY, OFTEN, EngineContract, Weights, ids, weights_held, weights_of
 from vllm_host import VLLM_SIZE, Host
 
 from verl.models.policy import Policy, load_policy
@@ -65,7 +65,7 @@ class TestVLLMOnCUDA(EngineContract):
     def test_after_a_deep_sleep_and_an_update_the_answers_are_those_of_before(
         self, host: Host, prompts: list[Prompt], policy: Policy
     ) -> None:
-        mine = {name: value.detach().float().cpu().numpy() for name, value in policy.hf.named_parameters()}
+        mine = weights_held(policy)
         before = ids(host.generate(prompts, GREEDY, 0)[0])
         host.sleep(2)
         host.wake(["weights"])
