@@ -28,7 +28,7 @@ from runs import (
     whole_checkpoints,
 )
 
-from verl.utils.checkpoint.manager import CheckpointManager
+from verl.utils.checkpoint.manager import POINTER, CheckpointManager
 
 HERE = str(Path(__file__).parent)
 
@@ -162,6 +162,10 @@ def steps_of(run: Run, first: int) -> list[tuple[float, ...]]:
     return [(step, *(row[name] for name in names)) for step, row in run.steps.items() if step >= first]
 
 
+def newest(folder: Path) -> int:
+    return pointer(folder) if (folder / POINTER).exists() else 0
+
+
 MANY = ("trainer.total_training_steps=12", "trainer.save_freq=1", "trainer.test_freq=4", "trainer.keep_best=False")
 ATTEMPTS = 16
 
@@ -180,7 +184,9 @@ def test_invariants_4_and_5_hold_over_many_kills_at_any_moment(
     for _ in range(ATTEMPTS):
         with launcher.start("main_ppo", overrides, folder) as running:
             pids = [running.process.pid, *running.worker_pids("actor"), *running.worker_pids("rollout")]
-            time.sleep(rng.uniform(0, 8))
+            # Every attempt gets somewhere, however slow the machine is.
+            running.until(lambda: newest(folder) > max(seen), f"a checkpoint after step {max(seen)}", pause=0.01)
+            time.sleep(rng.uniform(0, 4))
             with contextlib.suppress(ProcessLookupError):
                 kill(rng.choice(pids))
             code = running.wait().code
@@ -188,12 +194,12 @@ def test_invariants_4_and_5_hold_over_many_kills_at_any_moment(
         assert latest is None or loadable(latest)["engine"]["steps"] == 2 * latest.step
         seen.add(0 if latest is None else latest.step)
         assert max(seen) == (0 if latest is None else latest.step), f"a later checkpoint is gone: {sorted(seen)}"
-        if code == 0:
+        if code == 0 or latest is not None and latest.step == 12:
             break
     run = launcher.run("main_ppo", overrides, folder).ok()
     assert len(seen) > 2, f"the kills hit only at {sorted(seen)}"
     assert [row["step"] for row in run.rows] == list(range(13))
     for step, row in whole.steps.items():
         assert run.answers(step) == whole.answers(step), f"step {step}"
-        assert differences(run.steps[step], row, 0.0 if ranks == 1 else 1e-6) == [], f"step {step}"
+        assert differences(run.steps[step], row) == [], f"step {step}"
     assert whole_checkpoints(folder) == [11, 12]
