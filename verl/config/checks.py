@@ -61,6 +61,7 @@ def _sizes(config: PPOConfig) -> Problems:
     yield from _positive(
         data__train_batch_size=data.train_batch_size,
         data__val_batch_size=data.val_batch_size,
+        data__dataloader_num_workers=data.dataloader_num_workers,
         data__max_prompt_length=data.max_prompt_length,
         data__max_response_length=data.max_response_length,
         trainer__nnodes=trainer.nnodes,
@@ -277,8 +278,9 @@ def _micro_batches(config: PPOConfig) -> Problems:
 
 def _training_sampling(config: PPOConfig) -> Problems:
     rollout = config.actor_rollout_ref.rollout
-    if rollout.n == 1:
-        yield f"{_ROLLOUT}.n=1: grpo compares the answers of a prompt with each other; set {_ROLLOUT}.n to at least 2"
+    estimator = config.algorithm.adv_estimator
+    if rollout.n == 1 and estimator != "reinforce_plus_plus":
+        yield f"{_ROLLOUT}.n=1: {estimator} compares the answers of a prompt; set {_ROLLOUT}.n to at least 2"
     if not rollout.do_sample or rollout.temperature == 0:
         yield f"{_ROLLOUT}: greedy answers are all the same; set do_sample=True and temperature above 0"
     correction = config.algorithm.rollout_correction
@@ -311,6 +313,8 @@ def _correction(config: PPOConfig) -> Problems:
 def _losses(config: PPOConfig) -> Problems:
     actor = config.actor_rollout_ref.actor
     low, high = clip_range(actor)
+    if config.algorithm.adv_estimator == "reinforce_plus_plus" and config.algorithm.gamma != 1.0:
+        yield f"algorithm.gamma={config.algorithm.gamma}: rewards are not discounted over tokens; set algorithm.gamma=1"
     yield from _between(f"{_ACTOR}.clip_ratio{'' if actor.clip_ratio_low is None else '_low'}", low, 0, 1)
     if high < 0:
         yield f"{_ACTOR}.clip_ratio_high={high} must not be negative"
@@ -329,6 +333,7 @@ def _optim(config: PPOConfig) -> Problems:
     yield from _adamw(node, optim.lr, optim.betas, optim.weight_decay)
     yield from _between(f"{node}.lr_warmup_steps_ratio", optim.lr_warmup_steps_ratio, 0, 1)
     yield from _between(f"{node}.min_lr_ratio", optim.min_lr_ratio, 0, 1)
+    yield from _positive(actor_rollout_ref__actor__optim__num_cycles=optim.num_cycles)
     if optim.total_training_steps == 0:
         yield f"{node}.total_training_steps=0: expected -1 (the trainer computes it) or at least 1"
 

@@ -138,6 +138,7 @@ def sft_optim(config: SFTConfig) -> OptimConfig:
         lr_warmup_steps_ratio=optim.warmup_steps_ratio,
         warmup_style=optim.lr_scheduler,
         min_lr_ratio=optim.min_lr_ratio,
+        num_cycles=0.5,
         total_training_steps=-1,
         betas=optim.betas,
         weight_decay=optim.weight_decay,

@@ -122,8 +122,11 @@ def _kl(config: PPOConfig) -> Inert:
         yield "algorithm.rollout_correction.rollout_rs_threshold", "algorithm.rollout_correction.rollout_rs is null"
     if not correction.bypass_mode:
         yield "algorithm.rollout_correction.loss_type", "algorithm.rollout_correction.bypass_mode=False"
+    estimator = f"algorithm.adv_estimator={config.algorithm.adv_estimator}"
     for name in ("gamma", "lam"):
-        yield f"algorithm.{name}", "algorithm.adv_estimator=grpo gives every token of an answer the same advantage"
+        yield f"algorithm.{name}", f"{estimator} gives every token of an answer the same advantage"
+    if config.algorithm.adv_estimator != "grpo":
+        yield "algorithm.norm_adv_by_std_in_grpo", estimator
 
 
 def _actor(config: PPOConfig) -> Inert:
@@ -135,7 +138,12 @@ def _actor(config: PPOConfig) -> Inert:
     if actor.optim.lr_warmup_steps >= 0:
         yield f"{_ACTOR}.optim.lr_warmup_steps_ratio", f"lr_warmup_steps={actor.optim.lr_warmup_steps} comes first"
     if actor.optim.warmup_style == "constant":
-        yield f"{_ACTOR}.optim.min_lr_ratio", f"{_ACTOR}.optim.warmup_style=constant"
+        for name in ("min_lr_ratio", "num_cycles"):
+            yield f"{_ACTOR}.optim.{name}", f"{_ACTOR}.optim.warmup_style=constant"
+    if not actor.shuffle:
+        yield f"{_ACTOR}.data_loader_seed", f"{_ACTOR}.shuffle=False"
+    if actor.policy_loss.loss_mode != "vanilla":
+        yield f"{_ACTOR}.clip_ratio_c", f"{_ACTOR}.policy_loss.loss_mode={actor.policy_loss.loss_mode} has no dual clip"
     yield from _offload(f"{_ACTOR}.fsdp_config", actor.fsdp_config, config.trainer.device)
 
 

@@ -62,6 +62,8 @@ _NO_REWARD_MODEL = "there is no reward model on GPUs; use custom_reward_function
 _BY_BLOCK = "FSDP2 wraps by transformer block"
 _HDFS = "nothing is copied to HDFS; trainer.default_local_dir is where outputs go"
 _NOTHING_IN_VERL = "it does nothing in verl either"
+_ALL_SAVED = "not implemented yet: a checkpoint always holds model, optimizer, counters and a Hugging Face copy"
+_CONTENTS = (["model", "optimizer", "extra"], ["model", "optimizer", "extra", "hf_model"], None)
 _V1 = "it belongs to verl's other trainer"
 
 PPO_RULES: dict[str, Rule] = {
@@ -74,18 +76,13 @@ PPO_RULES: dict[str, Rule] = {
     "data.return_raw_input_ids": warn("prompts are tokenised once", False),
     "data.return_raw_chat": warn("prompts are tokenised once", False),
     "data.gen_batch_size": missing(None),
-    "data.train_max_samples": missing(-1, None),
-    "data.val_max_samples": missing(-1, None),
-    "data.dataloader_num_workers": missing(0),
-    "data.filter_overlong_prompts_workers": missing(1, None),
-    "data.validation_shuffle": missing(False),
-    "data.reward_fn_key": missing("data_source"),
+    "data.filter_overlong_prompts_workers": warn("all prompts are tokenised in one batched call", 1, None),
     "data.custom_cls.*": missing(None),
-    "data.apply_chat_template_kwargs": missing({}),
-    "data.apply_chat_template_kwargs.*": missing(),
-    "data.mm_processor_kwargs": missing({}),
+    "data.mm_processor_kwargs": missing({}, None),
+    "data.mm_processor_kwargs.min_pixels": alias("data.min_pixels"),
+    "data.mm_processor_kwargs.max_pixels": alias("data.max_pixels"),
     "data.mm_processor_kwargs.*": missing(),
-    "data.trust_remote_code": missing(False),
+    "data.trust_remote_code": alias("actor_rollout_ref.model.trust_remote_code"),
     # model
     "actor_rollout_ref.model.lora_rank": missing(0),
     "actor_rollout_ref.model.lora_alpha": missing(16),
@@ -98,26 +95,30 @@ PPO_RULES: dict[str, Rule] = {
     # actor
     "actor_rollout_ref.actor.use_torch_compile": missing(False),
     "actor_rollout_ref.*.ulysses_sequence_parallel_size": warn("there is no sequence parallelism", 1),
-    "actor_rollout_ref.actor.policy_loss.loss_mode": missing("vanilla"),
     "actor_rollout_ref.actor.policy_loss.*": missing(None),
-    "actor_rollout_ref.actor.calculate_entropy": missing(False),
+    "actor_rollout_ref.actor.calculate_entropy": warn("the entropy is always computed and logged", True),
     "actor_rollout_ref.actor.use_prefix_grouper": warn("the answers of a group always share their prompt", True),
     "actor_rollout_ref.actor.use_fused_kernels": missing(False),
-    "actor_rollout_ref.actor.data_loader_seed": missing(None),
     "actor_rollout_ref.actor.checkpoint.async_save": missing(False),
+    "actor_rollout_ref.actor.checkpoint.save_contents": error(_ALL_SAVED, *_CONTENTS),
+    "actor_rollout_ref.actor.checkpoint.load_contents": error(_ALL_SAVED, *_CONTENTS),
     "actor_rollout_ref.actor.checkpoint.*": missing(),
     "actor_rollout_ref.actor.entropy_from_logits_with_chunking": warn("the entropy is always made in chunks", True),
     "actor_rollout_ref.actor.entropy_checkpointing": missing(False),
     "actor_rollout_ref.*.fsdp_config.wrap_policy.*": warn(_BY_BLOCK, 0, None),
     "actor_rollout_ref.ref.fsdp_config.reshard_after_forward": warn("the reference is always resharded", True),
-    "actor_rollout_ref.*.fsdp_config.offload_policy": missing(False),
+    "actor_rollout_ref.actor.fsdp_config.offload_policy": alias(
+        "actor_rollout_ref.actor.fsdp_config.param_offload", "FSDP2's offload policy", {False: None}
+    ),
+    "actor_rollout_ref.ref.fsdp_config.offload_policy": alias(
+        "actor_rollout_ref.ref.fsdp_config.param_offload", "FSDP2's offload policy", {False: None}
+    ),
     "actor_rollout_ref.*.fsdp_config.forward_prefetch": missing(False),
     "actor_rollout_ref.*.fsdp_config.seed": missing(None),
     "actor_rollout_ref.*.fsdp_config.full_determinism": missing(False),
     "actor_rollout_ref.actor.optim.lr_scheduler_type": alias("actor_rollout_ref.actor.optim.warmup_style"),
     "actor_rollout_ref.actor.optim.clip_grad": alias("actor_rollout_ref.actor.grad_clip"),
     "actor_rollout_ref.actor.optim.optimizer": missing("AdamW"),
-    "actor_rollout_ref.actor.optim.num_cycles": missing(0.5),
     # rollout
     "actor_rollout_ref.rollout.use_fire_sampling": warn("there is no FIRE sampling", False),
     "actor_rollout_ref.rollout.over_sample_rate": warn(_NOTHING_IN_VERL, 0, 0.0),
@@ -126,7 +127,7 @@ PPO_RULES: dict[str, Rule] = {
     "actor_rollout_ref.rollout.agent.custom_async_server": warn(_NOTHING_IN_VERL, None),
     "actor_rollout_ref.rollout.agent.custom_async_server.*": warn(_NOTHING_IN_VERL, None),
     "actor_rollout_ref.rollout.agent.num_workers": missing(),
-    "actor_rollout_ref.rollout.mode": missing("sync"),
+    "actor_rollout_ref.rollout.mode": warn("answers are scored while others are written in either mode", "sync"),
     "actor_rollout_ref.rollout.calculate_log_probs": warn("the sampler's log-probs are always kept", True),
     "actor_rollout_ref.rollout.logprobs_mode": missing("processed_logprobs"),
     "actor_rollout_ref.rollout.enable_prefix_caching": missing(False),
@@ -208,7 +209,7 @@ _GRPO = "set algorithm.adv_estimator=grpo"
 PPO_VALUES: dict[str, dict[Any, Rule]] = {
     "algorithm.adv_estimator": {
         "gae": error(f"gae needs a critic, and there is none; {_GRPO}"),
-        **{k: error(f"not implemented yet; {_GRPO}") for k in ("reinforce_plus_plus", "remax", "rloo")},
+        "remax": error(f"not implemented yet; {_GRPO}"),
     },
     "algorithm.kl_penalty": {"full": error("not implemented; set algorithm.kl_penalty=kl or low_var_kl")},
     "actor_rollout_ref.actor.strategy": {"megatron": error(_MEGATRON)},

@@ -15,6 +15,7 @@ KLKind = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
 """Estimators of KL; kl = k1, mse = k2, low_var_kl = k3."""
 Precision = Literal["fp32", "bf16", "fp16"]
 LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
+LossMode = Literal["vanilla", "gspo", "cispo", "geo_mean"]
 WarmupStyle = Literal["constant", "cosine"]
 RolloutName = Literal["hf", "vllm"]
 RolloutDtype = Literal["bfloat16", "float32", "float16"]
@@ -94,12 +95,22 @@ class OptimConfig:
     """Schedule after the warm-up."""
     min_lr_ratio: float
     """Where cosine ends, as a share of `lr`."""
+    num_cycles: float
+    """Cosine waves after the warm-up; 0.5 falls once."""
     total_training_steps: int
     """Length of the schedule in optimizer steps; negative: the trainer computes it."""
     betas: tuple[float, float]
     """Decay of AdamW's two averages."""
     weight_decay: float
     """Decoupled weight decay."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyLossConfig:
+    """Which policy loss."""
+
+    loss_mode: LossMode
+    """vanilla: PPO's clip; gspo, geo_mean: one ratio per answer; cispo: a clipped ratio without gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +139,7 @@ class ActorConfig:
     """Clip above 1; null: clip_ratio."""
     clip_ratio_c: float
     """Dual clip: bound of the loss of a negative advantage; above 1."""
+    policy_loss: PolicyLossConfig
     loss_agg_mode: LossAggMode
     """How token losses become one number; denominators are global."""
     loss_scale_factor: float | None
@@ -144,6 +156,8 @@ class ActorConfig:
     """Passes over each batch."""
     shuffle: bool
     """Draw the mini-batches of a step in random order."""
+    data_loader_seed: int | None
+    """Seed of that order; null: trainer.seed."""
     freeze_vision_tower: bool
     """Leave the vision tower's weights as they are."""
     optim: OptimConfig

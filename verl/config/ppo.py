@@ -5,8 +5,9 @@ No field has a default: the yaml holds every value. The text under a field is it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from verl.config.nodes import ActorRolloutRefConfig, CustomRewardConfig, Device, KLKind, RewardConfig
 
@@ -29,6 +30,12 @@ class DataConfig:
     """Column with the chat messages."""
     image_key: str
     """Column with the images; a row without it is text only."""
+    reward_fn_key: str
+    """Column that names the data source, and with it the reward."""
+    train_max_samples: int
+    """Only the first so many training rows; <= 0: all."""
+    val_max_samples: int
+    """Only the first so many validation rows; <= 0: all."""
     train_batch_size: int
     """Prompts per step."""
     val_batch_size: int | None
@@ -45,6 +52,12 @@ class DataConfig:
     """A new order of the rows every epoch."""
     seed: int
     """Seed of that order."""
+    validation_shuffle: bool
+    """Validate in a shuffled order: other rows come first in the trackers' samples; scores stay the same."""
+    apply_chat_template_kwargs: Mapping[str, Any]
+    """Passed to the chat template."""
+    dataloader_num_workers: int | None
+    """Threads that decode images at load; null: as many as there are cores."""
     image_cache_dir: str | None
     """Folder of resized images; null: one in the user's cache."""
     min_pixels: int | None
@@ -91,8 +104,9 @@ class RolloutCorrectionConfig:
 class AlgorithmConfig:
     """From rewards to advantages."""
 
-    adv_estimator: Literal["grpo"]
-    """grpo: reward minus the group's mean, over its standard deviation."""
+    adv_estimator: Literal["grpo", "rloo", "reinforce_plus_plus"]
+    """grpo: reward minus the group's mean, over its spread; rloo: minus the mean of the others; reinforce_plus_plus: in
+    units of the whole step."""
     gamma: float
     """Discount; of no effect in grpo."""
     lam: float

@@ -72,7 +72,8 @@ def _length_note(config: PPOConfig, plan: BatchPlan) -> str:
 def _objective(config: PPOConfig) -> tuple[str, str]:
     actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
     low, high = clip_range(actor)
-    terms = [f"pg (clip {low:g}/{high:g})"]
+    mode = actor.policy_loss.loss_mode
+    terms = [f"{'pg' if mode == 'vanilla' else mode} (clip {low:g}/{high:g})"]
     if actor.use_kl_loss:
         terms.append(f"{actor.kl_loss_coef:g} x KL({actor.kl_loss_type})")
     text = " + ".join(terms)

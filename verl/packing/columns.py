@@ -23,6 +23,8 @@ class Columns(Generic[Array]):
     old_log_probs: Array | None
     ref_log_probs: Array | None
     rollout_log_probs: Array | None
+    answers: Array
+    """Which answer of the batch a token belongs to, from 0. As fp32, like all columns: they travel in one buffer."""
     is_weights: Array | None = None
 
 
@@ -43,4 +45,5 @@ def columns(groups: Sequence[TrainGroup]) -> Columns[Floats]:
         ref_log_probs=optional(lambda s: s.ref_log_probs),
         rollout_log_probs=optional(lambda s: s.rollout_log_probs),
         is_weights=optional(lambda s: s.is_weights),
+        answers=np.repeat(np.arange(len(samples), dtype=np.float32), [len(s.token_ids) for s in samples]),
     )

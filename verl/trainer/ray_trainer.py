@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from verl.algorithms import rollout_correction
-from verl.algorithms.advantage import advantage_metrics, get_estimator
+from verl.algorithms.advantage import Advantages, advantage_metrics, estimate_groups
 from verl.algorithms.kl import AdaptiveKL, kl_sums
 from verl.config import PPOConfig, batch_plan, render_table, resolved_table, to_dict, to_yaml, uses_reference
 from verl.config.derived import config_differences, max_context
@@ -73,7 +73,6 @@ class Trainer:
             keep_best=(config.trainer.best_metric or ACCURACY) if config.trainer.keep_best else None,
         )
         self.correction_metrics: dict[str, float] = {}
-        self.estimate = get_estimator(config.algorithm.adv_estimator)
         self.kl_control = AdaptiveKL.of(config.algorithm.kl_ctrl)
         self.weights_from = config.actor_rollout_ref.model.path
         self.canary: Canary | None = None
@@ -122,7 +121,7 @@ class Trainer:
                     ref = self.workers.actors.log_probs(self._scored(groups, range(len(groups))), reference=True)
             with phase("adv"):
                 rewarded = self._penalise(groups, old, ref)
-                advantages = [self.estimate(g.scores, norm_by_std=self.norm_by_std) for g in rewarded]
+                advantages = self._estimate(rewarded)
                 batches = self._train_batches(rewarded, advantages, minis, old, ref)
             with phase("update_actor"):
                 updates = self.workers.actors.update(batches) if self._updates_now() else []
@@ -138,7 +137,6 @@ class Trainer:
         assert self.data.train is not None
         print(render_table(resolved_table(config, len(self.data.train), len(self.data.validation))), flush=True)
         self.sampling = self._sampling(validation=False)
-        self.norm_by_std = config.algorithm.norm_adv_by_std_in_grpo
         self._open_run(checkpoint.step if checkpoint else 0)
         self.checkpoints.begin(checkpoint)
         self.workers = start_workers(
@@ -254,9 +252,9 @@ class Trainer:
         assert self.data.train is not None
         return [self.data.train[int(i)] for i in self.sampler.next_batch(self.config.data.train_batch_size)]
 
-    def _rng(self, purpose: int) -> np.random.Generator:
-        """Noise of the driver: a function of (run seed, step, purpose), so a resumed run draws the same."""
-        return np.random.default_rng([self.config.trainer.seed, self.step, purpose])
+    def _rng(self, purpose: int, seed: int | None = None) -> np.random.Generator:
+        """Noise of the driver: a function of (seed, step, purpose), so a resumed run draws the same."""
+        return np.random.default_rng([self.config.trainer.seed if seed is None else seed, self.step, purpose])
 
     def _generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int
@@ -271,13 +269,23 @@ class Trainer:
 
     def _cut(self, count: int) -> list[step_batch.MiniBatchPlan]:
         actor = self.config.actor_rollout_ref.actor
+        rng = self._rng(1, actor.data_loader_seed)
         return step_batch.cut_mini_batches(
-            count, size=actor.ppo_mini_batch_size, epochs=actor.ppo_epochs, shuffle=actor.shuffle, rng=self._rng(1)
+            count, size=actor.ppo_mini_batch_size, epochs=actor.ppo_epochs, shuffle=actor.shuffle, rng=rng
+        )
+
+    def _estimate(self, groups: Sequence[Group]) -> list[Advantages]:
+        algorithm = self.config.algorithm
+        return estimate_groups(
+            algorithm.adv_estimator,
+            [g.scores for g in groups],
+            [[len(r.token_ids) for r in g.responses] for g in groups],
+            norm_by_std=algorithm.norm_adv_by_std_in_grpo,
         )
 
     def _scored(self, groups: Sequence[Group], members: Sequence[int]) -> list[TrainGroup]:
         """Answers that will be trained on, without advantages yet: which are kept depends only on which are ok."""
-        kept = [self.estimate(g.scores) for g in groups]
+        kept = self._estimate(groups)
         return step_batch.train_groups(
             groups, kept, members, old={}, ref={}, loss_agg_mode="token-sum", loss_scale_factor=None
         )

@@ -61,6 +61,7 @@ def test_an_unknown_style_is_an_error_that_names_the_styles() -> None:
 
 
 CONFIG = OptimConfig(
+    num_cycles=0.5,
     lr=2e-6,
     lr_warmup_steps=-1,
     lr_warmup_steps_ratio=0.1,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.algorithms.advantage import advantage_metrics, get_estimator, grpo_advantage
+from verl.algorithms.advantage import advantage_metrics, estimate_groups, get_estimator, grpo_advantage
 from verl.protocol import Score
 
 FAILED = Score.failed("timeout: 1 s")
@@ -109,11 +109,37 @@ def test_estimators_are_found_by_name() -> None:
     [
         ("gae", "critic.*use algorithm.adv_estimator=grpo"),
         ("remax", "not built yet"),
-        ("rloo", "not built yet"),
-        ("reinforce_plus_plus", "not built yet"),
         ("gppo", "unknown.*did you mean grpo"),
     ],
 )
 def test_an_estimator_that_is_not_there_is_an_error_with_a_way_out(name: str, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         get_estimator(name)
+
+
+def test_rloo_is_the_distance_to_the_mean_of_the_others() -> None:
+    (found,) = estimate_groups("rloo", [scores(1, 0, 0.5, None)], [[1, 1, 1, 1]])
+    np.testing.assert_allclose(found.values, [1 - 0.25, 0 - 0.75, 0.5 - 0.5, 0], atol=1e-7)
+    assert found.keep.tolist() == [True, True, True, False]
+    assert estimate_groups("rloo", [scores(1, None)], [[1, 1]])[0].dropped
+
+
+def test_reinforce_plus_plus_whitens_over_the_tokens_of_the_step() -> None:
+    # totals 1 (2 tokens), 0 (6 tokens): mean 0.25, variance 0.25 * 0.75
+    found = estimate_groups("reinforce_plus_plus", [scores(1, None), scores(0)], [[2, 9], [6]])
+    spread = np.sqrt(0.25 * 0.75)
+    np.testing.assert_allclose(found[0].values, [0.75 / spread, 0], rtol=1e-6)
+    np.testing.assert_allclose(found[1].values, [-0.25 / spread], rtol=1e-6)
+    assert found[0].keep.tolist() == [True, False] and found[1].keep.tolist() == [True]
+
+
+def test_reinforce_plus_plus_of_equal_rewards_is_zero() -> None:
+    found = estimate_groups("reinforce_plus_plus", [scores(0.9, 0.9), scores(0.3 * 3)], [[3, 4], [5]])
+    assert not any(a.values.any() for a in found) and all(a.keep.all() for a in found)
+
+
+def test_grpo_of_the_step_is_grpo_of_each_group() -> None:
+    groups = [scores(1, 0, 0), scores(0, 1)]
+    found = estimate_groups("grpo", groups, [[1, 1, 1], [1, 1]], norm_by_std=False)
+    for one, group in zip(found, groups, strict=True):
+        np.testing.assert_array_equal(one.values, grpo_advantage(group, norm_by_std=False).values)

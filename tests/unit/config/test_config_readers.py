@@ -28,7 +28,6 @@ ONE_VALUE = {
     "actor_rollout_ref.actor.strategy": "both values run FSDP2, others are refused",
     "actor_rollout_ref.rollout.prompt_length": "must equal data.max_prompt_length, checked at start",
     "actor_rollout_ref.rollout.response_length": "must equal data.max_response_length, checked at start",
-    "algorithm.adv_estimator": "only grpo is implemented, others are refused",
     "algorithm.gamma": "no effect in grpo, warned about",
     "algorithm.lam": "no effect in grpo, warned about",
     "reward_model.enable": "only False is implemented, checked at start",

@@ -19,6 +19,7 @@ def reinforce_loss(
     clip_high: float,
     clip_dual: float,
     bound: float | None = None,
+    answers: Tensor | None = None,
 ) -> PolicyLoss:
     """Per-token loss; all inputs (N,). `bound` truncates the ratio to the sampler, None leaves it out (weight 1). The
     clips have no effect."""

@@ -28,8 +28,12 @@ def vanilla_loss(
     clip_low: float,
     clip_high: float,
     clip_dual: float,
+    answers: Tensor | None = None,
 ) -> PolicyLoss:
-    """Per-token loss; all inputs (N,). `clip_dual` > 1 bounds the loss of a negative advantage."""
+    """Per-token loss; all inputs (N,). `clip_dual` > 1 bounds the loss of a negative advantage.
+
+    `answers` is the interface of losses that need it; a token's loss here is its own.
+    """
     log_ratio = (log_probs - old_log_probs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     plain = -advantages * ratio

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from verl.utils.dataset.images import ImageSpec
 from verl.utils.dataset.prompts import Truncation
 from verl.utils.dataset.rl_dataset import DatasetOptions, RLDataset, load_rl_dataset
 from verl.utils.dataset.rows import Columns
+from verl.utils.dataset.sampler import epoch_order
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,29 @@ def load_run_data(config: PPOConfig) -> RunData:
     model_config(folder, model.override_config)  # refused here rather than by every worker
     tokenizer = open_tokenizer(folder, trust_remote_code=model.trust_remote_code)
     spec = ImageSpec.from_pretrained(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
-    options = DatasetOptions(
+    options = dataset_options(config)
+
+    def load(files: tuple[str, ...], limit: int = -1) -> RLDataset:
+        return load_rl_dataset(files, tokenizer, spec, replace(options, max_samples=limit))
+
+    validation = load(data.val_files, data.val_max_samples)
+    if data.validation_shuffle:
+        order = epoch_order(len(validation), seed=data.seed, epoch=0)
+        validation = replace(validation, prompts=tuple(validation.prompts[i] for i in order))
+    train = None if config.trainer.val_only else load(data.train_files, data.train_max_samples)
+    test = None if data.test_files is None else load(data.test_files)
+    return RunData(folder, tokenizer, train, validation, test)
+
+
+def dataset_options(config: PPOConfig) -> DatasetOptions:
+    """How rows become prompts, the same for all files."""
+    data = config.data
+    return DatasetOptions(
         max_prompt_length=data.max_prompt_length,
         truncation=Truncation(data.truncation),
         filter_overlong_prompts=data.filter_overlong_prompts,
-        columns=Columns(prompt=data.prompt_key, images=data.image_key),
+        columns=Columns(prompt=data.prompt_key, images=data.image_key, data_source=data.reward_fn_key),
+        template_kwargs=data.apply_chat_template_kwargs,
         cache_dir=None if data.image_cache_dir is None else Path(data.image_cache_dir),
+        workers=data.dataloader_num_workers,
     )
-
-    def load(files: tuple[str, ...] | None) -> RLDataset | None:
-        return None if files is None else load_rl_dataset(files, tokenizer, spec, options)
-
-    validation = load(data.val_files)
-    assert validation is not None
-    train = None if config.trainer.val_only else load(data.train_files)
-    return RunData(folder, tokenizer, train, validation, load(data.test_files))

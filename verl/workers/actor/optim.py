@@ -25,6 +25,7 @@ class OptimSpec:
     total_steps: int
     style: str
     min_lr_ratio: float
+    num_cycles: float = 0.5
 
 
 def optim_spec(optim: OptimConfig, *, clip_grad: float, optimizer_steps: int) -> OptimSpec:
@@ -39,13 +40,15 @@ def optim_spec(optim: OptimConfig, *, clip_grad: float, optimizer_steps: int) ->
         total_steps=total,
         style=optim.warmup_style,
         min_lr_ratio=optim.min_lr_ratio,
+        num_cycles=optim.num_cycles,
     )
 
 
 def lr_factor(step: int, spec: OptimSpec) -> float:
     """Factor on `lr` for optimizer step `step` (0-based).
 
-    Warm-up rises linearly and reaches 1 at `warmup_steps`; cosine then falls to `min_lr_ratio` at `total_steps`.
+    Warm-up rises linearly and reaches 1 at `warmup_steps`; cosine then falls to `min_lr_ratio` at `total_steps`
+    (with `num_cycles` 0.5; 1 rises again to the peak).
     """
     if step < spec.warmup_steps:
         return (step + 1) / (spec.warmup_steps + 1)
@@ -55,7 +58,8 @@ def lr_factor(step: int, spec: OptimSpec) -> float:
         raise ValueError(f"warmup_style={spec.style!r}: choose constant or cosine")
     span = max(1, spec.total_steps - spec.warmup_steps)
     progress = min(1.0, (step - spec.warmup_steps) / span)
-    return spec.min_lr_ratio + (1.0 - spec.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    wave = 0.5 * (1.0 + math.cos(2.0 * math.pi * spec.num_cycles * progress))
+    return spec.min_lr_ratio + (1.0 - spec.min_lr_ratio) * wave
 
 
 def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.AdamW:

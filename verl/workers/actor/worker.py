@@ -149,7 +149,7 @@ def policy_objective(config: PPOConfig) -> PolicyObjective:
     if correction.loss_type == "reinforce":
         options["bound"] = None if correction.rollout_is is None else correction.rollout_is_threshold
     return PolicyObjective(
-        loss_mode="reinforce" if correction.loss_type == "reinforce" else "vanilla",
+        loss_mode="reinforce" if correction.loss_type == "reinforce" else actor.policy_loss.loss_mode,
         loss_options=options,
         clip_low=clip_low,
         clip_high=clip_high,
