@@ -52,15 +52,21 @@ def build_policy(
     policy.requires_grad_(trained)
     if freeze_vision:
         policy.hf.model.visual.requires_grad_(False)
-    spec = ShardSpec(
-        param_dtype=param_dtype,
+    spec = shard_spec(fsdp, device, offload=offload)
+    # fully_shard moves block by block: the whole model never stands on one device
+    place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    return shard(policy, build_mesh(device, fsdp.fsdp_size), spec, lambda module: receive(module, place))
+
+
+def shard_spec(fsdp: FSDPConfig, device: str, *, offload: bool) -> ShardSpec:
+    """How a config node asks for a model to be sharded."""
+    precision = fsdp.mixed_precision
+    return ShardSpec(
+        param_dtype=compute_dtype(precision.param_dtype, device),
         reduce_dtype=compute_dtype(precision.reduce_dtype, device),
         offload=_decided(offload) and device == "cuda",
         reshard_after_forward=not trained or _decided(fsdp.reshard_after_forward),
     )
-    # fully_shard moves block by block: the whole model never stands on one device
-    place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-    return shard(policy, build_mesh(device, fsdp.fsdp_size), spec, lambda module: receive(module, place))
 
 
 def _decided(switch: Switch) -> bool:
