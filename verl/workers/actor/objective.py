@@ -102,7 +102,7 @@ class PolicyObjective:
             stats.log_probs,
             old,
             tensor(columns.advantages),
-            answers=tensor(columns.answers),
+            answers=tensor(columns.answers).long(),
             clip_low=self.clip_low,
             clip_high=self.clip_high,
             clip_dual=self.clip_dual,
