@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from verl.algorithms.advantage import estimate_groups
 from verl.config import PPOConfig, SFTConfig, batch_plan, resolved_table, token_budgets
 from verl.config.derived import sft_optim
+from verl.config.nodes import FSDPConfig
 from verl.protocol import Score
 from verl.trainer.ppo.data import dataset_options
 from verl.trainer.ray_trainer import Trainer
 from verl.workers.actor.build import shard_spec
+from verl.workers.actor.engine import ShardSpec
 from verl.workers.actor.optim import lr_factor, optim_spec
 from verl.workers.actor.worker import policy_objective
 
@@ -40,8 +43,18 @@ def ppo_effects(config: PPOConfig) -> dict[str, Any]:
         "validation answers": Trainer._sampling(run, validation=True),
         "rows": dataset_options(config),
         "mini-batches": Trainer._cut(run, 8),
-        "shards": shard_spec(actor.fsdp_config, "cuda", offload=actor.fsdp_config.param_offload),
+        "shards": _shards(actor.fsdp_config),
     }
+
+
+def _shards(fsdp: FSDPConfig) -> ShardSpec:
+    """With switches on auto decided as a small model would have them."""
+    decided = replace(
+        fsdp,
+        param_offload=fsdp.param_offload is True,
+        reshard_after_forward=fsdp.reshard_after_forward in (True, "auto"),
+    )
+    return shard_spec(decided, "cuda", offload=decided.param_offload, trained=True)
 
 
 def sft_effects(config: SFTConfig) -> dict[str, Any]:

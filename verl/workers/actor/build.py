@@ -52,14 +52,14 @@ def build_policy(
     policy.requires_grad_(trained)
     if freeze_vision:
         policy.hf.model.visual.requires_grad_(False)
-    spec = shard_spec(fsdp, device, offload=offload)
+    spec = shard_spec(fsdp, device, offload=offload, trained=trained)
     # fully_shard moves block by block: the whole model never stands on one device
     place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     return shard(policy, build_mesh(device, fsdp.fsdp_size), spec, lambda module: receive(module, place))
 
 
-def shard_spec(fsdp: FSDPConfig, device: str, *, offload: bool) -> ShardSpec:
-    """How a config node asks for a model to be sharded."""
+def shard_spec(fsdp: FSDPConfig, device: str, *, offload: Switch, trained: bool) -> ShardSpec:
+    """How a config node asks for a model to be sharded; a frozen one is always resharded."""
     precision = fsdp.mixed_precision
     return ShardSpec(
         param_dtype=compute_dtype(precision.param_dtype, device),
