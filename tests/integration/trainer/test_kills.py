@@ -194,7 +194,7 @@ def test_invariants_4_and_5_hold_over_many_kills_at_any_moment(
         assert latest is None or loadable(latest)["engine"]["steps"] == 2 * latest.step
         seen.add(0 if latest is None else latest.step)
         assert max(seen) == (0 if latest is None else latest.step), f"a later checkpoint is gone: {sorted(seen)}"
-        if code == 0 or latest is not None and latest.step == 12:
+        if code == 0 or (latest is not None and latest.step == 12):
             break
     run = launcher.run("main_ppo", overrides, folder).ok()
     assert len(seen) > 2, f"the kills hit only at {sorted(seen)}"
