@@ -8,7 +8,7 @@ steps minus the first ten, in standard errors over the seeds.
     python3 benchmarks/learning.py --tasks ctu har --seeds 1 2 3 --engine hf --jobs 6
     python3 benchmarks/learning.py --tasks basic_motions --engine hf vllm      # and McNemar's test between the two
 
-The data folders (`data/<task>_image`) must be there: see example/data_preprocess.
+The data folders (`data/<task>_<modality>`) must be there: see example/data_preprocess.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Recipe:
     data: Path
     hidden: int
     layers: int
+    modality: str
     sft_steps: int
     rl_steps: int
     max_response: int
@@ -58,7 +59,7 @@ class Run:
     engine: str
 
     def folder(self, recipe: Recipe) -> Path:
-        return recipe.folder / f"{self.task}_{self.engine}_seed{self.seed}"
+        return recipe.folder / f"{self.task}_{recipe.modality}_{self.engine}_seed{self.seed}"
 
 
 def _sampling(prefix: str) -> list[str]:
@@ -67,7 +68,7 @@ def _sampling(prefix: str) -> list[str]:
 
 
 def sft_command(run: Run, recipe: Recipe) -> list[str]:
-    folder, data = run.folder(recipe), recipe.data / f"{run.task}_image"
+    folder, data = run.folder(recipe), recipe.data / f"{run.task}_{recipe.modality}"
     return [
         *(sys.executable, "-m", "verl.trainer.sft_trainer"),
         f"data.train_files={data}/sft_fit.parquet",
@@ -83,7 +84,7 @@ def sft_command(run: Run, recipe: Recipe) -> list[str]:
         *_sampling("rollout"),
         *("rollout.hf_batch_size=512", "reward.format=strict", "trainer.stop_parse_failure=0.02"),
         f"trainer.total_training_steps={recipe.sft_steps}",
-        *("trainer.test_freq=25", "trainer.save_freq=-1", "trainer.resume_mode=disable"),
+        *("trainer.test_freq=50", "trainer.save_freq=-1", "trainer.resume_mode=disable"),
         f"trainer.seed={run.seed}",
         f"trainer.device={recipe.device}",
         f"trainer.default_local_dir={folder}/sft",
@@ -91,7 +92,7 @@ def sft_command(run: Run, recipe: Recipe) -> list[str]:
 
 
 def rl_command(run: Run, recipe: Recipe) -> list[str]:
-    folder, data = run.folder(recipe), recipe.data / f"{run.task}_image"
+    folder, data = run.folder(recipe), recipe.data / f"{run.task}_{recipe.modality}"
     start = folder / "sft" / f"global_step_{(folder / 'sft' / 'latest_checkpointed_iteration.txt').read_text().strip()}"
     arl, actor = "actor_rollout_ref", "actor_rollout_ref.actor"
     rollout = [f"{arl}.rollout.name={run.engine}", f"{arl}.rollout.n=8", f"{arl}.rollout.temperature=0.7"]
@@ -144,7 +145,7 @@ def train(run: Run, recipe: Recipe) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.txt"
         begin = time.monotonic()
-        texts = recipe.data / f"{run.task}_image" / "sft_fit.parquet"
+        texts = recipe.data / f"{run.task}_{recipe.modality}" / "sft_fit.parquet"
         size = ["--hidden", str(recipe.hidden), "--layers", str(recipe.layers)]
         made = [*("--output", str(folder / "tiny"), "--texts", str(texts), "--seed", str(run.seed)), *size]
         _call([sys.executable, "-m", "verl.models.tiny", *made], log)
@@ -208,7 +209,7 @@ def mcnemar(one: dict[str, bool], other: dict[str, bool]) -> tuple[int, int, flo
     return first, second, float(binomtest(first, first + second).pvalue) if first + second else 1.0
 
 
-def _rows(task: str, engine: str, found: dict[int, dict[str, Any]], parameters: int) -> list[rows.BenchmarkRow]:
+def _rows(workload: str, found: dict[int, dict[str, Any]], parameters: int) -> list[rows.BenchmarkRow]:
     n = next(iter(found.values()))["n"]
     made = []
     for name in ("majority", "sft_acc", "rl_acc", "sft_f1", "rl_f1"):
@@ -220,7 +221,7 @@ def _rows(task: str, engine: str, found: dict[int, dict[str, Any]], parameters: 
         made.append(
             rows.BenchmarkRow(
                 row=name,
-                workload=f"{task}, {engine} engine",
+                workload=workload,
                 value=mean,
                 unit="macro-F1" if "f1" in name else "accuracy",
                 parameters=parameters,
@@ -233,7 +234,7 @@ def _rows(task: str, engine: str, found: dict[int, dict[str, Any]], parameters: 
     made.append(
         rows.BenchmarkRow(
             row="reward_gain",
-            workload=f"{task}, {engine} engine",
+            workload=workload,
             value=gain,
             unit="reward",
             parameters=parameters,
@@ -252,7 +253,7 @@ def _comparison(task: str, hf: dict[int, dict[str, Any]], vllm: dict[int, dict[s
     first, second, p = mcnemar(*pooled)
     return rows.BenchmarkRow(
         row="mcnemar_p",
-        workload=f"{task}, hf against vllm",
+        workload=f"{task}, hf against vllm, same rows",
         value=p,
         unit="p",
         samples=len(pooled[0]),
@@ -268,6 +269,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on the one device")
     parser.add_argument("--folder", type=Path, default=rows.ROOT / "checkpoints" / "learning")
     parser.add_argument("--data", type=Path, default=rows.ROOT / "data")
+    parser.add_argument("--modality", choices=("image", "numeric"), default="image", help="a plot, or its digits")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--sft-steps", type=int, default=1500, help="at most; the stop rule ends it sooner")
@@ -279,7 +281,7 @@ def main() -> None:
     args = parser.parse_args()
     for task in args.tasks:
         get_task(task)
-    shared = ("data", "hidden", "layers", "sft_steps", "rl_steps", "max_response", "max_prompt", "device")
+    shared = ("data", "modality", "hidden", "layers", "sft_steps", "rl_steps", "max_response", "max_prompt", "device")
     recipe = Recipe(folder=args.folder.resolve(), **{name: getattr(args, name) for name in shared})
     runs = [Run(task, seed, engine) for seed in args.seeds for task in args.tasks for engine in args.engine]
     failed: list[str] = []
@@ -303,7 +305,7 @@ def main() -> None:
         for engine, found in by_engine.items():
             if found:
                 parameters = _parameters(Run(task, min(found), engine).folder(recipe) / "tiny")
-                made += _rows(task, engine, found, parameters)
+                made += _rows(f"{task} ({args.modality}), {engine} engine", found, parameters)
         if len(args.engine) == 2 and by_engine["hf"].keys() == by_engine["vllm"].keys() and by_engine["hf"]:
             made.append(_comparison(task, by_engine["hf"], by_engine["vllm"]))
     rows.write("learning", made, append=args.append)
