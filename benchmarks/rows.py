@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -119,8 +120,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of one run as a markdown table, with what they share above it."""
     shared = rows[0]
     stack = ", ".join(f"{name} {version}" for name, version in shared["versions"].items())
+    common = common_mode([row["mode"] for row in rows])
     lines = [
-        f"`{shared['command']}` on {shared['hardware']}, {stack} ({shared['date']}, {shared['commit']}):",
+        f"`{shared['command']}` on {shared['hardware']}, {stack} ({shared['date']}, {shared['commit']})"
+        f"{': ' + common if common else ':'}",
         "",
         "| row | workload | value | n | ratio | mode |",
         "|---|---|---|---|---|---|",
@@ -129,8 +132,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} x {row['ratio_to']}"
         samples = "" if row["samples"] is None else str(row["samples"])
         value = "none" if row["value"] is None else f"{row['value']:.4g} {row['unit']}"
-        lines.append(f"| {row['row']} | {row['workload']} | {value} | {samples} | {ratio} | {row['mode']} |")
+        lines.append(
+            f"| {row['row']} | {row['workload']} | {value} | {samples} | {ratio} | "
+            f"{row['mode'].removeprefix(common).lstrip('; ')} |"
+        )
     return "\n".join(lines)
+
+
+def common_mode(modes: Sequence[str]) -> str:
+    """What the modes of several rows begin with, up to a semicolon; empty for what is short enough to repeat."""
+    columns = zip(*(mode.split("; ") for mode in modes), strict=False)
+    common = "; ".join(column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    return common if len(modes) > 1 and len(common) > 40 else ""
 
 
 _BEGIN, _END = "<!-- benchmarks: made by benchmarks/rows.py -->", "<!-- end of benchmarks -->"
