@@ -48,6 +48,16 @@ def build_rank(rank: int, world: int, model: str, out: str, trained: bool) -> No
     torch.save({"tensors": held, "tied": tied(policy), "grown": grown, "trainable": trainable}, f"{out}/{rank}.pt")
 
 
+def every_rank(rank: int, world: int, large: str, small: str, out: str) -> None:
+    """All of it in one start of the ranks, which costs more than the rest."""
+    for name in ("trained", "frozen"):
+        Path(f"{out}/{name}").mkdir(exist_ok=True)
+    dist.barrier()
+    build_rank(rank, world, large, f"{out}/trained", True)
+    build_rank(rank, world, small, f"{out}/frozen", False)
+    leader_rank(rank, world, out)
+
+
 def _needed() -> list[str]:
     return [
         "data.train_batch_size=2",
@@ -55,6 +65,7 @@ def _needed() -> list[str]:
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
         "trainer.n_gpus_per_node=2",
+        "actor_rollout_ref.actor.fsdp_config.reshard_after_forward=True",
     ]
 
 
