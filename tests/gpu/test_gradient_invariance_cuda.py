@@ -67,7 +67,7 @@ def flat_gradient(model: nn.Module) -> Tensor:
 
 def packed_gradient(policy: Policy, cut: Cut) -> Tensor:
     runner = PackedRunner(policy, patch_source(), CUDA, TEMPERATURE)
-    for micro in runner.micro_batches(cut):
+    for micro in runner.micro_batches(cut, trained=True):
         loss_of(policy(micro.inputs, temperature=TEMPERATURE).log_probs, micro.groups).backward()
     return flat_gradient(policy.hf)
 
@@ -112,7 +112,7 @@ def test_fifty_steps_of_packed_and_padded_training_have_one_loss_curve(folder: P
         runner = PackedRunner(policy, patch_source(), CUDA, TEMPERATURE)
         parameters = list((judge.model if padded else policy.hf).parameters())
         masters = [p.detach().float() for p in parameters]
-        optimizer = torch.optim.AdamW(masters, lr=1e-4)
+        optimizer = torch.optim.AdamW(masters, lr=1e-3)
         losses = []
         for _ in range(50):
             total = 0.0

@@ -96,7 +96,7 @@ def test_another_sequence_gives_its_first_entry_with_one_warning(value: Any, cap
         ("1.0", FailureKind.BAD_RETURN),
         (1 + 0j, FailureKind.BAD_RETURN),
         (np.array([1.0, 2.0]), FailureKind.BAD_RETURN),
-        (object(), FailureKind.BAD_RETURN),
+        pytest.param(object(), FailureKind.BAD_RETURN, id="object"),
     ],
     ids=repr,
 )
