@@ -133,7 +133,7 @@ SFT: dict[str, Case] = {
     "missing file": RL["missing file"],
     "corrupted image bytes": (bad_rows(3, damage_image, "sft_fit"), ("bad.parquet", "row 3")),
     "more images than placeholders": (bad_rows(4, second_image, "sft_fit"), ("bad.parquet", "row 4", "2", "1")),
-    "prompt over length": (bad_rows(6, long_prompt, "sft_fit"), ("bad.parquet", "row 6", "data.max_length")),
+    "prompt over length": (bad_rows(6, long_prompt, "sft_fit"), ("bad.parquet", "row 6", "data.max_prompt_length")),
     "rows without an answer": (lambda i: [f"data.train_files={i.data.file('fit')}"], ("fit.parquet", "response")),
     "unreachable model path": (lambda _: [f"{SFT_MODEL}=no/such/model"], (SFT_MODEL, "no/such/model")),
     "unknown key": (lambda _: ["optim.learning_rate=3"], ("optim.learning_rate",)),

@@ -256,7 +256,7 @@ def test_a_non_finite_step_is_skipped_and_counted_and_the_run_goes_on(rl: RunRL,
     steps = ["trainer.total_training_steps=2", "trainer.save_freq=2", f"{ACTOR}.optim.lr_warmup_steps=10"]
     run = rl(f"{ACTOR}.entropy_coeff=1e39", *steps).ok()
     assert [row["training/skipped_steps"] for row in run.steps.values()] == [2.0, 2.0]
-    assert [row["actor/grad_norm"] for row in run.steps.values()] == [None, None], "not finite is null in json"
+    assert not [row for row in run.steps.values() if "actor/grad_norm" in row], "a mean over no finite step is left out"
     assert not any(moved(run, start).values()), "a skipped step changes no weight"
     assert open_checkpoint(run.checkpoint(2)).read_data()["engine"] == {"steps": 4, "skipped": 4}
     rates = [row["actor/lr"] for row in run.steps.values()]
