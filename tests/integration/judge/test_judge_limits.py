@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from asking import ask, config, different, request
-from judge_server import JudgeServer, error, good
+from judge_server import JudgeServer, Plan, completion, error, good, verdict
 
 
 def most_in_window(times: list[float], window_s: float) -> int:
@@ -67,11 +67,38 @@ def test_retries_are_paid_from_the_same_purse(server: JudgeServer) -> None:
 
 
 def test_the_limit_on_tokens_stops_the_asking(server: JudgeServer) -> None:
-    outcome = ask(config(server, max_total_tokens=2500, max_concurrent=1), different(40))
+    outcome = ask(config(server, max_total_tokens=8000, max_concurrent=1), different(90))
     answered = outcome.kinds.count("ok")
-    assert outcome.kinds.count("budget") == 40 - answered
-    # Each costs 100; the last ones are not asked because their expected cost would pass the limit.
-    assert 10 <= answered <= 25 and outcome.metrics["judge/spent/tokens"] == 100 * answered
+    assert outcome.kinds.count("budget") == 90 - answered
+    # Each costs 100; the last ones are not asked because the most they could cost would pass the limit.
+    assert 10 <= answered <= 80 and outcome.metrics["judge/spent/tokens"] == 100 * answered
+
+
+@pytest.mark.parametrize("limit", [6000, 9000, 12_000, 25_000])
+def test_a_server_that_bills_a_token_a_byte_never_takes_the_run_past_its_limit(server: JudgeServer, limit: int) -> None:
+    server.plan = lambda seen: Plan(completion(verdict(), tokens=len(seen.raw)))
+    outcome = ask(config(server, max_total_tokens=limit, max_concurrent=4), different(20))
+    billed = sum(len(seen.raw) for seen in server.seen)
+    assert set(outcome.kinds) == {"ok", "budget"}, outcome.kinds
+    assert outcome.metrics["judge/spent/tokens"] == billed <= limit
+
+
+def test_retries_that_wait_behind_other_answers_for_the_rates_do_not_time_out(server: JudgeServer) -> None:
+    # All first requests fail. A retry then waits for at least 11 others, 4 each 0.5 s: longer than timeout_s.
+    server.plan = lambda seen: error(500) if seen.index < 12 else good()
+    settings = config(server, max_rpm=4, max_concurrent=12, timeout_s=1.0, attempt_timeout_s=1.0)
+    outcome = ask(settings, different(12), window_s=0.5)
+    assert outcome.kinds == ["ok"] * 12, [str(found) for found in outcome.found]
+    assert len(server.seen) == 24 and outcome.seconds > settings.timeout_s
+
+
+def test_our_own_rates_open_no_breaker(server: JudgeServer) -> None:
+    server.plan = lambda _: Plan(completion("?"))
+    settings = config(server, max_rpm=1, max_concurrent=1, queue_timeout_s=0.5, give_up_after=1)
+    outcome = ask(settings, different(2))
+    assert outcome.kinds[0] == "rate_limited" and len(server.seen) == 1
+    assert "judge.max_rpm" in str(outcome.found[0])
+    assert not any("in a row" in str(found) for found in outcome.found), outcome.found
 
 
 def test_spending_outlives_the_process_and_a_new_run_starts_at_zero(server: JudgeServer, tmp_path: Path) -> None:

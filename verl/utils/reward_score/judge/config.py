@@ -36,11 +36,12 @@ class JudgeConfig:
     """Longer fields are cut to this many characters before the judge sees them; the judge is told."""
 
     timeout_s: float = 60.0
-    """One answer: all attempts and the waits between them, in seconds, from the moment it has a slot."""
+    """One answer: all attempts and the waits between them, in seconds; waiting for the rates does not count."""
     attempt_timeout_s: float = 30.0
     """One HTTP request, in seconds."""
     queue_timeout_s: float = 600.0
-    """Waiting for one of `max_concurrent` slots, and then again for room under `max_rpm` and `max_tpm`, in seconds."""
+    """Waiting for one of `max_concurrent` slots, and then, over all attempts together, for room under `max_rpm` and
+    `max_tpm`, in seconds."""
     max_retries: int = 4
     """Further requests for one answer after the first."""
     backoff_s: float = 1.0
@@ -58,7 +59,7 @@ class JudgeConfig:
     max_calls: int | None = None
     """Requests the run may spend, retries included; None: no limit."""
     max_total_tokens: int | None = None
-    """Tokens the run may spend, prompt and reply; None: no limit."""
+    """Tokens the run may spend, prompt and reply; None: no limit. A request under way counts at its upper bound."""
     cache_path: str | None = None
     """sqlite file, on a local disk, of verdicts and spending; None: in memory, forgotten with the process."""
     run_name: str = "default"

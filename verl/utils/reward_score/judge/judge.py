@@ -5,8 +5,10 @@ One `LLMJudge` lives in one event loop and holds all limits; other tasks, thread
 
 Invariants
 - A failure is an exception of a kind, never a number, and is never cached.
-- A call ends within `2 x queue_timeout_s + timeout_s`, whatever the server does: it queues for a
-  slot, then for the rates.
+- A call ends within `2 x queue_timeout_s + timeout_s`, whatever the server does: it queues for a slot, and before each
+  request for the rates, which stops the clock of `timeout_s`.
+- The breaker hears of requests that were sent, never of our own queues and limits.
+- Spending never passes its limit while a server bills at most one token a character.
 - An answer costs at most 2 x (`max_retries` + 1) requests (twice only while it is not yet known whether the server
   takes a json schema), and none when its verdict is known or being asked for.
 - A refused key, an empty account or a wrong model name ends the asking: later calls fail at once with the same message.
@@ -78,10 +80,19 @@ class _Ask:
 
     request: JudgeRequest
     shown: str
-    tokens: int
-    """Expected, prompt and reply."""
-    grant: Grant | None = None
-    """Granted while queueing, for the first request."""
+    clock: asyncio.Timeout
+    """Of `timeout_s`."""
+    queue_left_s: float
+    """How much longer it may wait for the rates, over all its requests."""
+    was_sent: bool = False
+    outcome: FailureKind | None = None
+    """Of the last request that was sent; None: it was answered."""
+
+    def left_s(self) -> float:
+        """Seconds until the clock runs out."""
+        when = self.clock.when()
+        assert when is not None, "the clock is stopped"
+        return when - asyncio.get_running_loop().time()
 
 
 class LLMJudge:
@@ -180,9 +191,6 @@ class LLMJudge:
         except JudgeError as error:
             self._final = error
             raise
-        # Every \u escape and every word is more than one character; three to a token errs on the large side for text.
-        chars = sum(len(message["content"]) for message in build_messages(request.rubric, shown))
-        ask = _Ask(request, shown, chars // 3 + self.config.max_answer_tokens)
         limit = self.config.queue_timeout_s
         try:
             async with asyncio.timeout(limit):
@@ -191,31 +199,25 @@ class LLMJudge:
             raise JudgeError(FailureKind.TIMEOUT, f"no free slot in {limit:g} s (judge.max_concurrent)") from None
         try:
             self._check_open()
-            try:
-                async with asyncio.timeout(limit):
-                    ask.grant = await self._limiter.acquire(ask.tokens, limit)
-            except TimeoutError:
-                message = f"judge.max_rpm and max_tpm left no room in {limit:g} s"
-                raise JudgeError(FailureKind.RATE_LIMITED, message) from None
-            self._check_open()
-            return await self._ask_in_time(ask)
+            return await self._ask_in_time(request, shown)
         finally:
             self._slots.release()
 
-    async def _ask_in_time(self, ask: _Ask) -> dict[str, float]:
-        limit = self.config.timeout_s
+    async def _ask_in_time(self, request: JudgeRequest, shown: str) -> dict[str, float]:
+        limit, clock = self.config.timeout_s, asyncio.timeout(self.config.timeout_s)
+        ask = _Ask(request, shown, clock, self.config.queue_timeout_s)
         try:
-            async with asyncio.timeout(limit):
+            async with clock:
                 criteria = await self._ask_with_retries(ask)
         except TimeoutError:
-            self._breaker.record(FailureKind.TIMEOUT)
             raise JudgeError(FailureKind.TIMEOUT, f"no verdict in {limit:g} s (judge.timeout_s)") from None
         except JudgeError as error:
-            self._breaker.record(error.kind)
             if self._is_final(error):
                 self._final = error
             raise
-        self._breaker.record(None)
+        finally:
+            if ask.was_sent:
+                self._breaker.record(ask.outcome)
         self._worked = True
         return criteria
 
@@ -233,10 +235,13 @@ class LLMJudge:
                 return False
             return error.kind in _AGAIN or (error.kind in _AGAIN_ONCE and state.attempt_number == 1)
 
+        def is_last(state: tenacity.RetryCallState) -> bool:
+            return state.attempt_number > config.max_retries or state.upcoming_sleep >= ask.left_s()
+
         retrying = tenacity.AsyncRetrying(
             retry=again,
             wait=wait_s,
-            stop=tenacity.stop_after_attempt(config.max_retries + 1) | tenacity.stop_before_delay(config.timeout_s),
+            stop=is_last,
             reraise=True,
         )
         return await retrying(self._attempt, ask)
@@ -261,23 +266,49 @@ class LLMJudge:
 
     async def _request(self, ask: _Ask, schema: Mapping[str, Any] | None) -> Reply:
         config = self.config
-        grant, ask.grant = ask.grant, None
-        grant = grant or await self._limiter.acquire(ask.tokens, config.timeout_s)
-        if not self._store.reserve(ask.tokens, max_calls=config.max_calls, max_tokens=config.max_total_tokens):
+        messages = build_messages(ask.request.rubric, ask.shown)
+        sent = json.dumps([messages, schema])
+        # Escaped, no character is more than one token to a byte-level tokenizer, and the JSON around the texts is
+        # longer than what a chat template adds.
+        most = len(sent) + config.max_answer_tokens
+        # The rates take what is to be expected: a minute that turns out too full costs a wait, not money.
+        grant = await self._grant(ask, len(sent) // 3 + config.max_answer_tokens)
+        if not self._store.reserve(most, max_calls=config.max_calls, max_tokens=config.max_total_tokens):
             raise self._over_budget()
         self._counts["requests"] += 1
+        # What stays if the clock runs out meanwhile.
+        ask.was_sent, ask.outcome = True, FailureKind.TIMEOUT
         try:
-            reply = await self._client.ask(build_messages(ask.request.rubric, ask.shown), schema)
+            reply = await self._client.ask(messages, schema)
         except JudgeError as error:
+            ask.outcome = error.kind
             if error.kind in _UNBILLED:
-                self._store.settle(ask.tokens, 0)
+                self._store.settle(most, 0)
             if error.retry_after_s is not None:
                 self._limiter.pause(error.retry_after_s)
             raise
+        ask.outcome = None
         if reply.tokens is not None:
             grant.tokens = reply.tokens
-            self._store.settle(ask.tokens, reply.tokens)
+            self._store.settle(most, reply.tokens)
         return reply
+
+    async def _grant(self, ask: _Ask, tokens: int) -> Grant:
+        """Wait for the rates with the answer's clock stopped. Raises JudgeError."""
+        loop = asyncio.get_running_loop()
+        begin, left_s = loop.time(), ask.left_s()
+        ask.clock.reschedule(None)
+        try:
+            async with asyncio.timeout(ask.queue_left_s):
+                grant = await self._limiter.acquire(tokens, ask.queue_left_s)
+        except TimeoutError:
+            message = f"judge.max_rpm and max_tpm left no room in {self.config.queue_timeout_s:g} s"
+            raise JudgeError(FailureKind.RATE_LIMITED, message) from None
+        finally:
+            ask.queue_left_s -= loop.time() - begin
+            ask.clock.reschedule(loop.time() + left_s)
+        self._check_open()
+        return grant
 
     def _check_open(self) -> None:
         """Raises JudgeError when asking is pointless: a final error, a server that is down, nothing left to spend."""

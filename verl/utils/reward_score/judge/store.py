@@ -61,7 +61,7 @@ class JudgeStore:
         return Spending(*row)
 
     def reserve(self, tokens: int, *, max_calls: int | None, max_tokens: int | None) -> bool:
-        """Count one request and its expected tokens; False, and nothing counted, where that would pass a limit."""
+        """Count one request and the most tokens it can cost; False, and nothing counted, where that passes a limit."""
         values = {
             "run": self._run,
             "tokens": tokens,
@@ -76,7 +76,7 @@ class JudgeStore:
         return done.rowcount == 1
 
     def settle(self, reserved: int, used: int) -> None:
-        """Replace the expected tokens of a request by the true ones."""
+        """Replace the reserved tokens of a request by the true ones."""
         self._db.execute("UPDATE spending SET tokens = tokens + ? WHERE run = ?", (used - reserved, self._run))
 
     def close(self) -> None:
