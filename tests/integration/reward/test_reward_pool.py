@@ -19,7 +19,7 @@ from verl.protocol import Prompt, Score
 from verl.utils.reward_score.custom import CustomFunction
 from verl.workers.reward_manager import RewardFailureRateError, RewardItem, RewardManager
 from verl.workers.reward_manager.dispatch import Answer
-from verl.workers.reward_manager.pool import RewardPool
+from verl.workers.reward_manager.pool import RewardPool, dispatch_plan
 
 ANSWER = "<think>a</think><class>{}</class><extension>{}</extension>"
 WITHOUT = """
@@ -222,6 +222,14 @@ def test_all_workers_share_one_judge_and_its_limits() -> None:
         assert [s.total if s.is_ok else s.reason for s in scores[:7]] == [1.25] * 7
         assert str(scores[7].reason).startswith("server_error") and all(s.is_ok for s in scores[8:])
         assert again == scores[8:] and len(server.seen) == 24, "a second batch is served from the judge's cache"
+
+
+@pytest.mark.parametrize(("slots", "workers", "each"), [(32, 2, 32), (3, 2, 3), (1, 8, 1), (400, 4, 200)])
+def test_the_pool_sends_a_judge_what_its_slots_can_hold(slots: int, workers: int, each: int) -> None:
+    manager = RewardManager(max_failure_rate=0, judge={"max_concurrent": slots, "api_key_env": None})
+    manager.check_prompts([prompt(0, "Myopathy", "emg_dataset")])
+    plan = dispatch_plan(manager, workers)
+    assert plan.waiting and plan.in_flight == each
 
 
 def test_closing_the_pool_ends_its_processes() -> None:

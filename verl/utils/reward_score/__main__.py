@@ -158,7 +158,7 @@ def _show(
     unmeasured = [number for number, item in enumerate(items) if item.tokens is None]
     if unmeasured and any(part.kind is PartKind.LENGTH for part in composite.parts):
         raise ValueError(f"--file {args.file}: answer {unmeasured[0]} has no tokens, which a length part needs")
-    scores = manager.score(items)
+    scores = manager.score_unchecked(items)
     Console().print(table(composite, items, scores))
     for number, (item, score) in enumerate(zip(items, scores, strict=True)):
         if why := reasons(composite, item, score):

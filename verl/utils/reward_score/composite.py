@@ -29,8 +29,16 @@ RESPONSE_TOKENS = "response_tokens"
 CAPPED = "capped"
 """Beside a judge's criteria in `Score.extra`: a stock phrase capped the score."""
 
+_JUDGE_FAILED = "judge_failed"
+"""In `Score.extra` of an answer that the judge was asked about in vain."""
+
 _FIELDS = ("reasoning", "class", "extension")
 """What a judge is shown of an answer."""
+
+
+def asked_judge(score: Score) -> bool:
+    """Whether a judge was asked about that answer, with or without success."""
+    return _JUDGE_FAILED in score.extra or any(key.endswith(f"/{CAPPED}") for key in score.extra)
 
 
 def overlong(tokens: int, *, max_tokens: int, buffer: int) -> float:
@@ -180,7 +188,7 @@ class Composite:
         try:
             verdict = await self._judge.judge(request)
         except JudgeError as error:
-            return failed(error.kind, str(error))
+            return dataclasses.replace(failed(error.kind, str(error)), extra={_JUDGE_FAILED: True})
         return Score.ok(verdict.score, extra={**verdict.criteria, CAPPED: verdict.capped})
 
 

@@ -5,7 +5,7 @@ A pool of worker processes (`pool.py`) holds one manager each, made from `spec`,
 Invariants
 - As many scores as items, in the same order; a score depends on its own item only.
 - An error in one answer fails that answer only.
-- More failures than `max_failure_rate` of a batch raise, with the counts by reason.
+- More failures than `max_failure_rate` of a batch raise, with the counts by reason (`failure_rate.py`).
 - Every manager name of verl means this one manager.
 """
 
@@ -15,7 +15,6 @@ import asyncio
 import difflib
 import functools
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from verl.utils.reward_score.composite import RESPONSE_TOKENS, Composite
 from verl.utils.reward_score.custom import CustomFunction
 from verl.utils.reward_score.judge import JudgeConfig, shared_judge
 from verl.utils.reward_score.parts import PartKind, merge_parts
+from verl.workers.reward_manager.failure_rate import why_stop
 
 logger = logging.getLogger(__name__)
 
@@ -148,13 +148,18 @@ class RewardManager:
     def score(self, items: Sequence[RewardItem | tuple[Prompt, str]]) -> list[Score]:
         """One score an item, in order.
 
-        Raises RewardFailureRateError when more than `max_failure_rate` of the items failed.
+        Raises RewardFailureRateError as `check_rate` does.
         """
+        scores = self.score_unchecked(items)
+        self.check_rate(scores)
+        return scores
+
+    def score_unchecked(self, items: Sequence[RewardItem | tuple[Prompt, str]]) -> list[Score]:
+        """As `score`, however many failed."""
         asked = [RewardItem(*item) for item in items]
         self._prepare(asked)
         scores = self._loop.run(self._score_bounded(asked)) if self.needs_loop else self.score_now(asked)
         assert len(scores) == len(items), f"{len(scores)} scores for {len(items)} items"
-        self.check_rate(scores)
         return scores
 
     def score_now(self, items: Sequence[RewardItem]) -> list[Score]:
@@ -175,8 +180,9 @@ class RewardManager:
         return LoopThread()
 
     async def _score_bounded(self, items: Sequence[RewardItem]) -> list[Score]:
-        # The limit starts inside the semaphore: waiting for a free slot must not use up a call's time.
-        slots = asyncio.Semaphore(2**31 if self.judge is not None else self._max_concurrent)
+        # The limits start inside the semaphore: waiting for a free slot must not use up a call's time, nor a backlog
+        # the judge's queue_timeout_s.
+        slots = asyncio.Semaphore(self._max_concurrent if self.judge is None else self.judge.max_concurrent)
 
         async def one(item: RewardItem) -> Score:
             async with slots:
@@ -243,16 +249,14 @@ class RewardManager:
         return await self._composite(data_source).score(solution_str, ground_truth, extra_info)
 
     def check_rate(self, scores: Sequence[Score]) -> None:
-        """Raises RewardFailureRateError, with the counts by reason, when too many scores of a batch failed."""
-        reasons = Counter(score.reason for score in scores if score.reason is not None)
-        failures = sum(reasons.values())
-        if failures > self.max_failure_rate * len(scores):
-            listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
-            more = f"; and {len(reasons) - 5} other reasons" if len(reasons) > 5 else ""
-            raise RewardFailureRateError(
-                f"{failures} of {len(scores)} answers could not be scored, above reward.max_failure_rate="
-                f"{self.max_failure_rate:g}: {listed}{more}"
-            )
+        """Raises RewardFailureRateError, with the counts by reason, when too many scores of a batch failed.
+
+        That is more than `max_failure_rate` of all, or of those that the judge was asked about, or all of those by a
+        refused key, a refused model or an empty purse.
+        """
+        why = why_stop(scores, self.max_failure_rate)
+        if why is not None:
+            raise RewardFailureRateError(why)
 
 
 def _check_name(name: str) -> None:

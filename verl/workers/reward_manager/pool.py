@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,10 @@ _GRACE_S = 5.0
 _SENT_TOGETHER = 2000
 _NO_TOKENS = np.zeros(0, np.int32)
 _IN_FLIGHT = 256
-"""Answers of an async function or a judge that wait at once, over all workers."""
+"""Answers of an async function that wait at once, over all workers."""
+_IN_FLIGHT_PER_SLOT = 2
+"""The same for a judge, by its slots: those that are asked about and as many on their way, so that no slot is idle and
+none waits for `queue_timeout_s`."""
 
 
 def default_workers() -> int:
@@ -298,13 +302,15 @@ class RewardPool:
 
 def dispatch_plan(manager: RewardManager, workers: int) -> DispatchPlan:
     """How to score what that manager scores."""
-    limit = manager.timeout_s if manager.runs_user_code else None
+    limit, in_flight = manager.timeout_s if manager.runs_user_code else None, _IN_FLIGHT
     if manager.is_async:
         # Judge and coroutines keep their own limits; this one is for a call that blocks the worker's event loop.
         judge = manager.judge if manager.asks_judge else None
+        if judge is not None:
+            in_flight = _IN_FLIGHT_PER_SLOT * judge.max_concurrent
         limit = (limit or 0.0) + (2 * judge.queue_timeout_s + judge.timeout_s if judge else 0.0) + _GRACE_S
     return DispatchPlan(
-        workers=workers, waiting=manager.is_async, limit_s=limit, in_flight=max(1, _IN_FLIGHT // workers)
+        workers=workers, waiting=manager.is_async, limit_s=limit, in_flight=math.ceil(in_flight / workers)
     )
 
 
