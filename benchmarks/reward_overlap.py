@@ -2,6 +2,8 @@
 
 Answers end one after the other over the simulated generation and go to the reward pool as a rollout worker sends them;
 the judge is a local HTTP server. Serial: the same answers after generation, one judge call after the other.
+Exits with 1 when overlapped rewards take longer after the generation than one judge call and 0.5 s, or 100,000 rule
+scores longer than 10 s.
 
     python3 benchmarks/reward_overlap.py
 """
@@ -26,6 +28,9 @@ sys.path.insert(0, str(rows.ROOT / "tests" / "integration" / "judge"))
 from judge_server import JudgeServer, good
 
 TEXT = "<think>spikes</think><class>Neuropathy</class><extension>Repeat the study of side {} in {} weeks.</extension>"
+OVERLAP_SLACK_S = 0.5
+RULES_LIMIT_S = 10.0
+"""For 100,000 scores."""
 GENERATION = "{n} answers over {s:g} s, judge {j:g} s, concurrency {c}"
 
 
@@ -76,9 +81,11 @@ def overlap(args: argparse.Namespace) -> list[rows.BenchmarkRow]:
         most = server.most_in_flight
         pool.close()
         serial = RewardManager(max_failure_rate=0, judge=judge | {"max_concurrent": 1})
-        some = [
-            RewardItem(p, TEXT.format("serial", p.row), 20) for p in prompts(args.serial, "emg_dataset", "Neuropathy")
+        first, *some = [
+            RewardItem(p, TEXT.format("serial", p.row), 20)
+            for p in prompts(args.serial + 1, "emg_dataset", "Neuropathy")
         ]
+        serial.score([first])  # pays for the client's import and the connection
         begin = time.perf_counter()
         serial.score(some)
         each = (time.perf_counter() - begin) / args.serial
@@ -132,6 +139,18 @@ def rules(args: argparse.Namespace) -> rows.BenchmarkRow:
     )
 
 
+def too_slow(made: list[rows.BenchmarkRow], args: argparse.Namespace) -> list[str]:
+    """What took longer than the project promises."""
+    value = {row.row: row.value for row in made}
+    limits = {
+        "reward_overlapped_s": args.latency + OVERLAP_SLACK_S,
+        "rules_in_pool_s": RULES_LIMIT_S * args.rules / 100_000,
+    }
+    return [
+        f"{name}: {value[name]:.2f} s, allowed {limit:g} s" for name, limit in limits.items() if value[name] > limit
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--answers", type=int, default=320)
@@ -146,6 +165,8 @@ def main() -> None:
     made = [*overlap(args), rules(args)]
     ray.shutdown()
     rows.write("reward_overlap", made)
+    if missed := too_slow(made, args):
+        sys.exit("too slow: " + "; ".join(missed))
 
 
 if __name__ == "__main__":
