@@ -103,3 +103,9 @@ def test_no_more_answers_wait_for_the_judge_than_it_has_slots(play: Callable) ->
     scores = manager(0.0, max_concurrent=5).score(batch(right=60, wrong=0))
     assert all(score.total == pytest.approx(1.25) for score in scores)
     assert judge.asked == 60 and judge.most_in_flight == 5, (judge.asked, judge.most_in_flight)
+
+
+def test_one_failure_of_the_judge_alone_is_no_rate(play: Callable) -> None:
+    play(lambda plan: FailureKind.REJECTED if plan == 0 else None)
+    assert sum(score.is_ok for score in manager(0.1).score(batch(right=1, wrong=20))) == 20
+    assert sum(score.is_ok for score in manager(0.1).score(batch(right=2, wrong=20))) == 21

@@ -2,9 +2,10 @@
 
 Invariants
 - Failures of the judge are divided by the answers that it was asked about: the answers that never needed it cannot hide
-  that it is down.
+  that it is down. One failure alone is no rate: few answers are right early in a run.
 - All failures are divided by all answers.
-- When every answer that was asked about failed in ways that no retry mends, the run stops whatever the rate.
+- When every answer that was asked about, and more than one, failed in ways that no retry mends, the run stops whatever
+  the rate.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def why_stop(scores: Sequence[Score], max_failure_rate: float) -> str | None:
     above = f"above reward.max_failure_rate={max_failure_rate:g}"
     if len(failed) > max_failure_rate * len(scores):
         what = f"{len(failed)} of {len(scores)} answers could not be scored, {above}"
-    elif len(unjudged) > max_failure_rate * len(asked):
+    elif len(unjudged) > max(1.0, max_failure_rate * len(asked)):
         what = f"the judge failed for {len(unjudged)} of the {len(asked)} answers it was asked about, {above}"
-    elif asked and sum(kinds[kind] for kind in _FINAL) == len(asked):
+    elif len(asked) > 1 and sum(kinds[kind] for kind in _FINAL) == len(asked):
         what = f"the judge failed for all {len(asked)} answers it was asked about, in ways that no retry mends"
     else:
         return None
