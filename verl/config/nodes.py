@@ -313,7 +313,7 @@ class ScoringConfig:
     timeout: float
     """Seconds after which a score counts as failed."""
     max_failure_rate: float
-    """The run stops when a larger share of a step's scores failed."""
+    """The run stops when a larger share of a step's scores failed, or of those that the judge was asked about."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
