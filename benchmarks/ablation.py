@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import verl.models.attention
 import verl.models.policy
 from verl.models import layers
+from verl.models.kernels import EAGER
 from verl.models.log_probs import TokenStats, policy_logits
 from verl.models.policy import Policy
 
@@ -111,6 +112,12 @@ def checkpointed_stats(
 
 
 @contextlib.contextmanager
+def _not_compiled(policy: Policy) -> Iterator[None]:
+    policy.use_kernels(EAGER)
+    yield
+
+
+@contextlib.contextmanager
 def _liger(policy: Policy) -> Iterator[None]:
     layers.use_liger(policy.hf)
     yield
@@ -124,6 +131,7 @@ SWITCHES: dict[str, Switch] = {
     "library_mlp": _library_mlp,
     "key_gather_by_index": _key_gather_by_index,
     "head_checkpointed": _checkpointed_head,
+    "not_compiled": _not_compiled,
     "liger": _liger,
 }
 """Checkpointing and packing in the same thread are switches too; `train_step.py` turns them."""

@@ -36,7 +36,7 @@ sys.path.insert(0, str(rows.ROOT / "tests"))
 from padded_reference import PaddedReference
 
 from verl.models.log_probs import TokenStats
-from verl.models.policy import banned_ids, load_policy
+from verl.models.policy import Policy, banned_ids, load_policy
 from verl.packing.columns import columns
 from verl.protocol import TrainGroup
 from verl.utils.dataset.patches import PatchSource
@@ -114,6 +114,11 @@ class Bench:
         self.peak = peak_flops(torch.cuda.get_device_name()) if self.device == "cuda" else None
         keys = {key for mini in self.minis for g in mini for key in g.prompt.image_keys}
         self.images: dict[str, Tensor] = {key: self.patches([key]) for key in sorted(keys)}
+
+    def policy(self, dtype: torch.dtype, *, checkpointing: bool) -> Policy:
+        """As the actor makes it, on the CPU."""
+        compiled = self.device == "cuda"
+        return load_policy(self.folder, self.tokenizer, dtype=dtype, checkpointing=checkpointing, compiled=compiled)
 
     @property
     def groups(self) -> list[TrainGroup]:
@@ -203,7 +208,7 @@ class Packed:
     """The packed forward: weights and gradients in `dtype`, no FSDP."""
 
     def __init__(self, bench: Bench, dtype: torch.dtype, *, checkpointing: bool = False) -> None:
-        policy = load_policy(bench.folder, bench.tokenizer, dtype=dtype, checkpointing=checkpointing)
+        policy = bench.policy(dtype, checkpointing=checkpointing)
         self.policy = policy.to(bench.device)
         self.model = policy.hf
         self.runner = PackedRunner(policy, bench.patches, torch.device(bench.device), 1.0)
@@ -299,7 +304,7 @@ def update(bench: Bench) -> None:
     for checkpointing, size in update_plans(bench):
 
         def run(checkpointing: bool = checkpointing, size: int = size) -> Timing:
-            policy = load_policy(bench.folder, bench.tokenizer, dtype=torch.float32, checkpointing=checkpointing)
+            policy = bench.policy(torch.float32, checkpointing=checkpointing)
             spec = ShardSpec(
                 param_dtype=bench.half,
                 reduce_dtype=torch.float32,

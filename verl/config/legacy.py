@@ -93,7 +93,8 @@ PPO_RULES: dict[str, Rule] = {
     "actor_rollout_ref.model.fused_kernel_options.*": missing(None),
     "actor_rollout_ref.model.enable_activation_offload": missing(False),
     # actor
-    "actor_rollout_ref.actor.use_torch_compile": missing(False),
+    "actor_rollout_ref.actor.use_torch_compile": alias("actor_rollout_ref.actor.fsdp_config.use_torch_compile"),
+    "actor_rollout_ref.ref.use_torch_compile": warn("the reference computes as the actor does", True, False),
     "actor_rollout_ref.*.ulysses_sequence_parallel_size": warn("there is no sequence parallelism", 1),
     "actor_rollout_ref.actor.policy_loss.*": missing(None),
     "actor_rollout_ref.actor.calculate_entropy": warn("the entropy is always computed and logged", True),

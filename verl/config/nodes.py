@@ -50,6 +50,8 @@ class FSDPConfig:
     """Ranks that share one copy of the model; -1: all of them. Must divide the number of ranks."""
     model_dtype: Precision
     """Type in which the master weights are held."""
+    use_torch_compile: bool
+    """Compile chains of pointwise operations (activations, rotation, log-probs), of the reference too; CUDA only."""
     mixed_precision: MixedPrecisionConfig
 
 

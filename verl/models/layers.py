@@ -16,47 +16,47 @@ from torch.autograd.function import once_differentiable
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 from verl.models.attention import AttentionPlan, segment_attention
+from verl.models.kernels import EAGER, Kernels
 
 
 class _GatedSilu(torch.autograd.Function):
     """silu(gate) * up that keeps gate and up alone, not silu(gate) as well: a fifth of a layer's activations."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        ctx.kernels = kernels
+        return kernels.gated_silu(gate, up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        d_up = F.silu(gate).mul_(grad)
-        return torch.ops.aten.silu_backward(grad * up, gate), d_up
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return (*ctx.kernels.gated_silu_grads(grad, *ctx.saved_tensors), None)
 
 
-def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+def gated_silu(gate: Tensor, up: Tensor, kernels: Kernels = EAGER) -> Tensor:
     """silu(gate) * up, all of one shape."""
-    return _GatedSilu.apply(gate, up)
+    return _GatedSilu.apply(gate, up, kernels)
 
 
 class _Rotate(torch.autograd.Function):
     """x cos + rotate_half(x) sin, of which nothing is kept but the angles."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, signed_sin: Tensor, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(cos, signed_sin)
-        return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), signed_sin)
+        ctx.kernels = kernels
+        return kernels.rotate(x, cos, signed_sin)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, signed_sin = ctx.saved_tensors
-        return (grad * cos).add_((grad * signed_sin).roll(grad.shape[-1] // 2, -1)), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.kernels.rotate_grad(grad, *ctx.saved_tensors), None, None, None
 
 
-def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotary embedding of x (.., d) by angles that broadcast to it. See `signed` for the sine."""
-    return _Rotate.apply(x, cos, signed_sin)
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor, kernels: Kernels = EAGER) -> Tensor:
+    """Rotary embedding of x (.., d) by angles that broadcast to it, in their precision. See `signed` for the sine."""
+    return _Rotate.apply(x, cos, signed_sin, kernels)
 
 
 def signed(sin: Tensor) -> Tensor:
@@ -84,6 +84,8 @@ class SignedVisionRotaryEmbedding(qwen.Qwen2_5_VLVisionRotaryEmbedding):
 class PackedAttention(qwen.Qwen2_5_VLAttention):
     """Attention of the text layers by an `AttentionPlan` (see `verl.models.attention`)."""
 
+    kernels = EAGER
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -100,13 +102,15 @@ class PackedAttention(qwen.Qwen2_5_VLAttention):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(hidden_states).view(heads).transpose(1, 2) for project in projections)
         angles = [x[:, None] for x in position_embeddings]
-        q, k = rotate(q, *angles), rotate(k, *angles)
+        q, k = rotate(q, *angles, self.kernels), rotate(k, *angles, self.kernels)
         out = plan.attend(self.layer_idx, q, k, v, self.scaling)
         return self.o_proj(out.reshape(hidden_states.shape)), None
 
 
 class SegmentAttention(qwen.Qwen2_5_VLVisionAttention):
     """Attention of the vision tower inside segments; queries and keys are rotated together, in fp32."""
+
+    kernels = EAGER
 
     def forward(
         self,
@@ -120,7 +124,7 @@ class SegmentAttention(qwen.Qwen2_5_VLVisionAttention):
         assert max_seqlen is not None or cu_seqlens.device.type == "cpu", "the plan must state its longest segment"
         qkv = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
         angles = [x[:, None, None].float() for x in position_embeddings]
-        rotated = rotate(qkv[:, :2].float(), *angles).to(qkv.dtype)
+        rotated = rotate(qkv[:, :2], *angles, self.kernels)
         q, k, v = (x.transpose(0, 1)[None] for x in (rotated[:, 0], rotated[:, 1], qkv[:, 2]))
         out = segment_attention(q, k, v, cu_seqlens, max_seqlen or 0, self.scaling)
         return self.proj(out.reshape(hidden_states.shape))
@@ -136,15 +140,19 @@ class FusedRMSNorm(qwen.Qwen2_5_VLRMSNorm):
 class GatedMLP(qwen.Qwen2MLP):
     """The text layers' MLP."""
 
+    kernels = EAGER
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x), self.kernels))
 
 
 class GatedVisionMLP(qwen.Qwen2_5_VLMLP):
     """The vision blocks' MLP."""
 
+    kernels = EAGER
+
     def forward(self, hidden_state: Tensor) -> Tensor:
-        return self.down_proj(gated_silu(self.gate_proj(hidden_state), self.up_proj(hidden_state)))
+        return self.down_proj(gated_silu(self.gate_proj(hidden_state), self.up_proj(hidden_state), self.kernels))
 
 
 _REPLACED = {
@@ -182,6 +190,13 @@ class LigerMLP(GatedMLP):
 class LigerVisionMLP(GatedVisionMLP):
     def forward(self, hidden_state: Tensor) -> Tensor:
         return self.down_proj(_liger_gated_silu(self.gate_proj(hidden_state), self.up_proj(hidden_state)))
+
+
+def use_kernels(model: nn.Module, kernels: Kernels) -> None:
+    """Let every module that `fuse_layers` has replaced run these pointwise kernels."""
+    for module in model.modules():
+        if hasattr(type(module), "kernels"):
+            module.kernels = kernels
 
 
 _LIGER = {FusedRMSNorm: LigerRMSNorm, GatedMLP: LigerMLP, GatedVisionMLP: LigerVisionMLP}

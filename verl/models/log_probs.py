@@ -7,12 +7,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK = 2048  # rows of logits at a time: 1.2 GB in fp32 for the vocabulary of Qwen2.5-VL
-# What a banned id's logit is while sums are taken: its probability is exactly 0 and, unlike -inf, 0 times it is 0.
-_BANNED_LOGIT = -1e9
+from verl.models.kernels import EAGER, Kernels
 
 
 class TokenStats(NamedTuple):
@@ -24,26 +23,17 @@ class TokenStats(NamedTuple):
 
 def policy_logits(hidden: Tensor, vocabulary: Tensor, banned: Tensor | None, temperature: float) -> Tensor:
     """(N, D) hidden states -> (N, V) fp32 logits of the policy. `banned` (V,) is True at ids that are never drawn."""
-    logits = torch.nn.functional.linear(hidden, vocabulary).float()
+    logits = F.linear(hidden, vocabulary).float()
     if temperature != 1.0:
         logits = logits / temperature
     return logits if banned is None else logits.masked_fill(banned, float("-inf"))
 
 
-def _finite_logits(hidden: Tensor, vocabulary: Tensor, banned: Tensor | None, temperature: float) -> Tensor:
-    """As `policy_logits`, in one buffer, with a finite stand-in for minus infinity."""
-    logits = torch.nn.functional.linear(hidden, vocabulary).float()
-    if temperature != 1.0:
-        logits.div_(temperature)
-    return logits if banned is None else logits.masked_fill_(banned, _BANNED_LOGIT)
-
-
 class _ChunkedStats(torch.autograd.Function):
     """Log-probs and entropy with a hand-written gradient.
 
-    With p the softmax of a row of logits x, lse its log-sum-exp and H its entropy:
-    d log p_t / dx = 1[t] - p and dH / dx = -p (log p + H). Kept for the backward pass are the inputs, lse and H; the
-    logits of a chunk are made a second time there, and no (N, V) tensor is larger than a chunk.
+    Kept for the backward pass are the inputs, the log-sum-exp and the entropy; the logits of a chunk are made a second
+    time there, and no (N, V) tensor is larger than a chunk.
     """
 
     @staticmethod
@@ -57,23 +47,22 @@ class _ChunkedStats(torch.autograd.Function):
         entropy_grad: bool,
         with_entropy: bool,
         chunk: int,
+        kernels: Kernels,
     ) -> tuple[Tensor, Tensor]:
         size = len(targets)
         log_probs, normaliser = (hidden.new_empty(size, dtype=torch.float32) for _ in range(2))
         entropy = hidden.new_empty(size if with_entropy else 0, dtype=torch.float32)
         for start in range(0, size, chunk):
             rows = slice(start, start + chunk)
-            every = _finite_logits(hidden[rows], vocabulary, banned, temperature)
-            at_target = every.gather(-1, targets[rows, None])[:, 0]
-            every = every.log_softmax(-1)
-            log_probs[rows] = every.gather(-1, targets[rows, None])[:, 0]
-            normaliser[rows] = at_target - log_probs[rows]
+            logits = F.linear(hidden[rows], vocabulary)
+            found = kernels.token_stats(logits, targets[rows], banned, temperature, with_entropy)
+            log_probs[rows], normaliser[rows] = found[:2]
             if with_entropy:
-                entropy[rows] = -torch.linalg.vecdot(every.exp(), every)
+                entropy[rows] = found[2]
         if banned is not None:
             log_probs.masked_fill_(banned[targets], float("-inf"))
         ctx.save_for_backward(hidden, vocabulary, targets, banned, normaliser, entropy)
-        ctx.temperature, ctx.entropy_grad, ctx.chunk = temperature, entropy_grad, chunk
+        ctx.temperature, ctx.entropy_grad, ctx.chunk, ctx.kernels = temperature, entropy_grad, chunk, kernels
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
@@ -88,25 +77,25 @@ class _ChunkedStats(torch.autograd.Function):
         d_vocabulary = torch.zeros_like(vocabulary, dtype=torch.float32) if wants_vocabulary else None
         for start in range(0, len(targets), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            every = _finite_logits(hidden[rows], vocabulary, banned, ctx.temperature)
-            every.sub_(normaliser[rows, None])
-            scale = -d_log_probs[rows, None]
-            if ctx.entropy_grad and d_entropy is not None:
-                factor = scale - d_entropy[rows, None] * (every + entropy[rows, None])
-                d_logits = every.exp_().mul_(factor)
-            else:
-                d_logits = every.exp_().mul_(scale)
-            d_logits.scatter_add_(-1, targets[rows, None], d_log_probs[rows, None])
-            if ctx.temperature != 1.0:
-                d_logits.div_(ctx.temperature)
-            d_logits = d_logits.to(hidden.dtype)
+            of_entropy = (
+                (entropy[rows], d_entropy[rows]) if ctx.entropy_grad and d_entropy is not None else (None, None)
+            )
+            d_logits = ctx.kernels.logit_grads(
+                F.linear(hidden[rows], vocabulary),
+                targets[rows],
+                banned,
+                ctx.temperature,
+                normaliser[rows],
+                d_log_probs[rows],
+                *of_entropy,
+            )
             if d_hidden is not None:
                 torch.mm(d_logits, vocabulary, out=d_hidden[rows])
             if d_vocabulary is not None:
                 d_vocabulary += d_logits.T @ hidden[rows]
         if d_vocabulary is not None:
             d_vocabulary = d_vocabulary.to(vocabulary.dtype)
-        return d_hidden, d_vocabulary, None, None, None, None, None, None
+        return d_hidden, d_vocabulary, None, None, None, None, None, None, None
 
 
 def response_stats(
@@ -118,16 +107,16 @@ def response_stats(
     temperature: float,
     entropy_grad: bool,
     with_entropy: bool = True,
-    chunk: int = _CHUNK,
+    kernels: Kernels = EAGER,
+    chunk: int | None = None,
 ) -> TokenStats:
     """Statistics of `targets` (N,) from the hidden states (N, D) that predict them.
 
-    The vocabulary matrix (V, D) meets only these rows, `chunk` at a time; the backward pass makes a chunk's logits
-    again and sums the matrix's gradient in fp32. `entropy_grad` lets the entropy carry a gradient, `with_entropy=False`
-    leaves it out.
+    The vocabulary matrix (V, D) meets only these rows, `chunk` (default: `kernels.rows`) at a time; the backward pass
+    makes a chunk's logits again and sums the matrix's gradient in fp32. `entropy_grad` lets the entropy carry a
+    gradient, `with_entropy=False` leaves it out.
     """
     assert with_entropy or not entropy_grad, "an entropy that is not made has no gradient"
-    rows = min(chunk, max(1, len(targets)))
-    return TokenStats(
-        *_ChunkedStats.apply(hidden, vocabulary, targets, banned, temperature, entropy_grad, with_entropy, rows)
-    )
+    rows = min(chunk or kernels.rows, max(1, len(targets)))
+    how = (temperature, entropy_grad, with_entropy, rows, kernels)
+    return TokenStats(*_ChunkedStats.apply(hidden, vocabulary, targets, banned, *how))

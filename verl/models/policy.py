@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen2_5_VL
 
 from verl.models.attention import IMPLEMENTATION, AttentionPlan, plan_for
 from verl.models.gather import gather_rows
-from verl.models.layers import fuse_layers, use_liger
+from verl.models.kernels import EAGER, Kernels, compiled_kernels
+from verl.models.layers import fuse_layers, use_kernels, use_liger
 from verl.models.log_probs import TokenStats, response_stats
 from verl.models.transfer import pinned_to_device, to_device
 from verl.models.vision import vision_plan
@@ -96,6 +97,7 @@ class Policy(nn.Module):
         banned = torch.zeros(text.vocab_size, dtype=torch.bool)
         banned[list(banned_ids)] = True
         self.register_buffer("banned", banned, persistent=False)
+        self.kernels = EAGER
         self.keep_gathered = False
         """Whether sharded weights stay gathered between micro-batches (see `verl.workers.actor.engine.ShardSpec`)."""
 
@@ -151,7 +153,13 @@ class Policy(nn.Module):
             temperature=temperature,
             entropy_grad=entropy_grad,
             with_entropy=with_entropy,
+            kernels=self.kernels,
         )
+
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Run these pointwise kernels in every layer and the head."""
+        self.kernels = kernels
+        use_kernels(self.hf, kernels)
 
 
 def patch_embed_as_matmul(patch_embed: nn.Module) -> None:
@@ -255,11 +263,12 @@ def load_policy(
     overrides: Mapping[str, Any] | None = None,
     on_meta: bool = False,
     liger: bool = False,
+    compiled: bool = False,
 ) -> Policy:
     """The policy of a Hugging Face folder, weights in `dtype` on the CPU. Its mode does not matter: dropout is 0.
 
     `overrides` replaces fields of the text model's config, see `model_config`. `on_meta`: no weights are read and
-    none take memory. Raises ValueError where `liger` kernels are asked for and cannot be used.
+    none take memory. Raises ValueError where `liger` or `compiled` kernels are asked for and cannot be used.
     """
     config = model_config(path, overrides)
     if on_meta:
@@ -273,6 +282,8 @@ def load_policy(
     policy = Policy(hf, banned_ids(path, tokenizer, hf.config.text_config.vocab_size))
     if liger:
         use_liger(hf)
+    if compiled:
+        policy.use_kernels(compiled_kernels())
     if checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return policy.train(checkpointing)  # transformers checkpoints only in train mode

@@ -45,6 +45,7 @@ def build_policy(
         overrides=model.override_config,
         on_meta=not reads_from_disk(),
         liger=model.use_liger,
+        compiled=fsdp.use_torch_compile and device == "cuda",
     )
     buffers = dtype_of(precision.buffer_dtype)
     other = {name: b.dtype for name, b in policy.named_buffers() if b.is_floating_point() and b.dtype != buffers}
