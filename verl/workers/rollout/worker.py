@@ -102,7 +102,7 @@ class RolloutWorker:
         vocabulary = model_config(folder, self.overrides).text_config.vocab_size
         needed = 1.5 * sum(math.prod(shape) for shape in self.shapes.values()) * kind.itemsize
         has_room = self.device == "cuda" and torch.cuda.mem_get_info()[0] > needed
-        return plain_log_probs(
+        found = plain_log_probs(
             folder,
             prompt,
             answer,
@@ -113,6 +113,9 @@ class RolloutWorker:
             device="cuda" if has_room else "cpu",
             overrides=self.overrides,
         )
+        if has_room:
+            torch.cuda.empty_cache()  # the engine shares the GPU with an actor, which needs what this model took
+        return found
 
     def sleep(self, level: int) -> None:
         self.engine.sleep(level)
