@@ -3,6 +3,7 @@
     python3 benchmarks/grpo_step.py --engine vllm                  # CTU-3B on one GPU
     python3 benchmarks/grpo_step.py --engine vllm --gpus 4         # weak scaling: 64 prompts a GPU
     python3 benchmarks/grpo_step.py --model-size tiny --engine hf  # the same code on a CPU
+    python3 benchmarks/grpo_step.py --run RUN                      # rows of a run that a script of example/ made
 
 Seconds are medians of the Trainer's own `timing_s/*` over the measured steps. `--set` passes further settings to the
 Trainer; whatever is set is named in the rows.
@@ -17,6 +18,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -24,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import rows
+import yaml
 from PIL import Image
 from transformers import AutoTokenizer
 from workload import WORKLOADS, Workload, ctu_3b_model, picture
@@ -106,7 +109,7 @@ def settings(
 
 
 def train(overrides: Sequence[str], run: Path) -> list[dict[str, float]]:
-    """Metrics of every step."""
+    """Metrics of every step of a new run in `run`."""
     from verl.config import load
     from verl.trainer.ray_trainer import Trainer
 
@@ -115,38 +118,76 @@ def train(overrides: Sequence[str], run: Path) -> list[dict[str, float]]:
         trainer.fit()
     finally:
         trainer.close()
+    return steps_of(run)
+
+
+def steps_of(run: Path) -> list[dict[str, float]]:
+    """Metrics of every step that a run has logged in its folder."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if "timing_s/step" in line]
 
 
-def result_rows(
-    args: argparse.Namespace, workload: Workload, steps: Sequence[dict[str, float]]
-) -> list[rows.BenchmarkRow]:
-    """Medians over the measured steps."""
-    measured = steps[args.warm_up :]
-    assert measured, f"{len(steps)} steps ran, {args.warm_up} of them to warm up"
-    samples = workload.samples * args.gpus
-    mode = f"{args.gpus} ranks, {args.engine}, checkpointing {args.checkpointing}, {args.groups} groups a micro-batch"
-    mode += "".join(f", {item}" for item in args.set) + f"; median of {len(measured)} steps"
+@dataclass(frozen=True)
+class Shape:
+    """What one step of a run holds."""
+
+    workload: str
+    mode: str
+    gpus: int
+    samples: int
+    tokens: float
+    """Prompt and answer tokens of all samples."""
+    answers: float
+    """Answer tokens of all samples."""
+
+    @classmethod
+    def of_workload(cls, args: argparse.Namespace, workload: Workload) -> Shape:
+        samples = workload.samples * args.gpus
+        mode = (
+            f"{args.gpus} ranks, {args.engine}, checkpointing {args.checkpointing}, {args.groups} groups a micro-batch"
+        )
+        return cls(
+            workload=workload.name + (f", {args.label}" if args.label else ""),
+            mode=mode + "".join(f", {item}" for item in args.set),
+            gpus=args.gpus,
+            samples=samples,
+            tokens=samples * (workload.prompt_tokens + workload.answer_tokens),
+            answers=samples * workload.answer_tokens,
+        )
+
+    @classmethod
+    def of_run(cls, run: Path, label: str, steps: Sequence[dict[str, float]]) -> Shape:
+        """From a run's resolved config and the lengths that it logged."""
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        rollout, trainer = config["actor_rollout_ref"]["rollout"], config["trainer"]
+        samples = config["data"]["train_batch_size"] * rollout["n"]
+        prompt, answer = (median(step[f"{name}_length/mean"] for step in steps) for name in ("prompt", "response"))
+        gpus = trainer["nnodes"] * trainer["n_gpus_per_node"]
+        return cls(
+            label, f"{gpus} ranks, {rollout['name']}", gpus, samples, samples * (prompt + answer), samples * answer
+        )
+
+
+def result_rows(shape: Shape, measured: Sequence[dict[str, float]]) -> list[rows.BenchmarkRow]:
+    """Medians over the measured steps, peaks, and how much memory was held more at the end than at the beginning."""
+    mode = f"{shape.mode}; median of {len(measured)} steps"
 
     def row(name: str, value: float, unit: str, note: str = "") -> rows.BenchmarkRow:
         return rows.BenchmarkRow(
-            row=name, workload=workload.name, value=value, unit=unit, samples=samples, mode=mode + note
+            row=name, workload=shape.workload, value=value, unit=unit, samples=shape.samples, mode=mode + note
         )
 
     def seconds(metric: str) -> list[float]:
         return [step[metric] for step in measured if metric in step]
 
     whole = seconds("timing_s/step")
-    tokens = samples * (workload.prompt_tokens + workload.answer_tokens)
     spread = f" ({min(whole):.3g}-{max(whole):.3g} s)"
     made = [
         row("step_s", median(whole), "s", spread),
-        row("step_tokens_per_s_per_gpu", tokens / median(whole) / args.gpus, "tokens/s"),
+        row("step_tokens_per_s_per_gpu", shape.tokens / median(whole) / shape.gpus, "tokens/s"),
     ]
     made += [row(name, median(seconds(metric)), "s") for name, metric in PHASES.items() if seconds(metric)]
-    answers = samples * workload.answer_tokens
-    made.append(row("generate_tokens_per_s", answers / median(seconds("timing_s/gen")), "response tokens/s"))
+    made.append(row("generate_tokens_per_s", shape.answers / median(seconds("timing_s/gen")), "response tokens/s"))
     known = sum(median(seconds(metric)) for metric in PHASES.values() if seconds(metric))
     made.append(row("rest_s", median(whole) - known, "s", "; step less the phases above"))
     for name, metric in (
@@ -155,6 +196,13 @@ def result_rows(
     ):
         if seconds(metric):
             made.append(row(name, max(seconds(metric)), "GiB", "; largest process"))
+    for name, metric in (
+        ("gpu_growth_gib", "perf/gpu_memory_in_use_gb"),
+        ("host_growth_gib", "perf/cpu_memory_resident_gb"),
+    ):
+        if held := seconds(metric):
+            note = f"; last measured step less the first, all workers: {held[0]:.2f} to {held[-1]:.2f}"
+            made.append(row(name, held[-1] - held[0], "GiB", note))
     return made
 
 
@@ -173,6 +221,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder of the model (made when absent); default: a temporary one")
     parser.add_argument("--append", action="store_true", help="keep the rows of the result file")
     parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of grpo_step.json")
+    parser.add_argument("--label", default="", help="told beside the workload, so that rows of several set-ups stay")
+    parser.add_argument("--run", type=Path, help="folder of a run that is there, named by --label; nothing is trained")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the Trainer")
     return parser.parse_args(argv)
 
@@ -181,14 +231,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     workload = WORKLOADS[args.model_size]
+    if args.run is not None:
+        steps = steps_of(args.run)[args.warm_up :]
+        made = result_rows(Shape.of_run(args.run, args.label, steps), steps)
+        rows.write("grpo_step", made, folder=args.results, append=args.append)
+        return
     model = args.model or Path(tempfile.gettempdir()) / f"timemaster-{workload.name.lower()}"
     ctu_3b_model(model, workload)
     with tempfile.TemporaryDirectory(prefix="grpo_step_") as scratch:
         run = Path(scratch) / "run"
         steps_of_rows = workload.prompts * args.gpus * 2
         data = write_data(Path(scratch), model, workload, steps_of_rows)
-        steps = train(settings(args, workload, model, data, run), run)
-    rows.write("grpo_step", result_rows(args, workload, steps), folder=args.results, append=args.append)
+        steps = train(settings(args, workload, model, data, run), run)[args.warm_up :]
+    made = result_rows(Shape.of_workload(args, workload), steps)
+    rows.write("grpo_step", made, folder=args.results, append=args.append)
 
 
 if __name__ == "__main__":

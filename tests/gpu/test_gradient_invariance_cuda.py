@@ -51,7 +51,8 @@ def loss_of(log_probs: Tensor, groups: Sequence[TrainGroup]) -> Tensor:
 
 
 def policy_of(folder: Path, dtype: torch.dtype) -> Policy:
-    return load_policy(folder, AutoTokenizer.from_pretrained(folder), dtype=dtype).to(CUDA)
+    """As the actor makes it."""
+    return load_policy(folder, AutoTokenizer.from_pretrained(folder), dtype=dtype, compiled=True).to(CUDA)
 
 
 def judge_of(folder: Path, dtype: torch.dtype) -> PaddedReference:

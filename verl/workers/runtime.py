@@ -9,6 +9,7 @@ import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,12 +130,18 @@ def import_external(name: str | None) -> None:
 
 
 def memory_metrics(device: str) -> dict[str, float]:
-    """Peak memory of this process in GiB: resident on the host, allocated and reserved on its GPU."""
+    """Memory in GiB: of this process on the host (peak, and where Linux tells it now), on its GPU (peak allocated and
+    reserved by this process, in use by all processes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
     metrics = {"perf/cpu_memory_used_gb": peak}
+    pages = Path("/proc/self/statm")
+    if pages.is_file():
+        metrics["perf/cpu_memory_resident_gb"] = int(pages.read_text().split()[1]) * resource.getpagesize() / 2**30
     if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
         metrics["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 2**30
         metrics["perf/max_memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 2**30
+        metrics["perf/gpu_memory_in_use_gb"] = (total - free) / 2**30
     return metrics
 
 

@@ -154,9 +154,10 @@ def packed_tokens(groups: Sequence[TrainGroup]) -> int:
 
 
 def peak_memory(groups: Sequence[WorkerGroup]) -> dict[str, float]:
-    """Largest memory figures over all workers."""
-    found: dict[str, float] = {}
+    """Largest memory figures over all workers; what is resident on the host, of all together."""
+    found: dict[str, list[float]] = {}
     for group in groups:
         for metrics in group.all("memory"):
-            found = {name: max(value, found.get(name, 0.0)) for name, value in (found | metrics).items()}
-    return found
+            for name, value in metrics.items():
+                found.setdefault(name, []).append(value)
+    return {name: sum(values) if "resident" in name else max(values) for name, values in found.items()}
