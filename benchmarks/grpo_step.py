@@ -108,17 +108,19 @@ def settings(
     ]
 
 
-def train(overrides: Sequence[str], run: Path) -> list[dict[str, float]]:
-    """Metrics of every step of a new run in `run`."""
+def train(overrides: Sequence[str], run: Path) -> tuple[list[dict[str, float]], str]:
+    """Metrics of every step of a new run in `run`, and the memory switches that were on."""
     from verl.config import load
+    from verl.trainer.ppo.switches import fixed_switches
     from verl.trainer.ray_trainer import Trainer
 
     trainer = Trainer(load("ppo_trainer", list(overrides)))
     try:
         trainer.fit()
+        decided = fixed_switches(trainer.workers.config)
     finally:
         trainer.close()
-    return steps_of(run)
+    return steps_of(run), ", ".join(name for name, on in decided.items() if on) or "none"
 
 
 def steps_of(run: Path) -> list[dict[str, float]]:
@@ -141,11 +143,9 @@ class Shape:
     """Answer tokens of all samples."""
 
     @classmethod
-    def of_workload(cls, args: argparse.Namespace, workload: Workload) -> Shape:
+    def of_workload(cls, args: argparse.Namespace, workload: Workload, switches: str) -> Shape:
         samples = workload.samples * args.gpus
-        mode = (
-            f"{args.gpus} ranks, {args.engine}, checkpointing {args.checkpointing}, {args.groups} groups a micro-batch"
-        )
+        mode = f"{args.gpus} ranks, {args.engine}, {args.groups} groups a micro-batch, memory switches on: {switches}"
         return cls(
             workload=workload.name + (f", {args.label}" if args.label else ""),
             mode=mode + "".join(f", {item}" for item in args.set),
@@ -242,8 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = Path(scratch) / "run"
         steps_of_rows = workload.prompts * args.gpus * 2
         data = write_data(Path(scratch), model, workload, steps_of_rows)
-        steps = train(settings(args, workload, model, data, run), run)[args.warm_up :]
-    made = result_rows(Shape.of_workload(args, workload), steps)
+        steps, switches = train(settings(args, workload, model, data, run), run)
+    made = result_rows(Shape.of_workload(args, workload, switches), steps[args.warm_up :])
     rows.write("grpo_step", made, folder=args.results, append=args.append)
 
 
