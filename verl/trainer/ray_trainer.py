@@ -36,6 +36,7 @@ from verl.trainer.ppo.scoring import Scorer, Scoring, build_reward_manager, chec
 from verl.trainer.ppo.validation import ValidationResult, validate
 from verl.utils.checkpoint.identity import Identity, check_same_run, run_identity
 from verl.utils.checkpoint.manager import Checkpoint, CheckpointManager
+from verl.utils.dataset.image_store import open_images
 from verl.utils.dataset.sampler import Sampler
 from verl.utils.report.validation import check_metric_name
 from verl.utils.reward_score import known_classes
@@ -62,7 +63,7 @@ class Trainer:
         root = Path(config.trainer.default_local_dir)
         self.run_dir = root / "eval" if config.trainer.val_only else root
         self.data: RunData = load_run_data(config)
-        self.scorer = Scorer(build_reward_manager(config), self.data.tokenizer)
+        self.scorer = Scorer(build_reward_manager(config), self.data.tokenizer, open_images(self.data.stores))
         check_scorable(self.scorer.manager, config.data.train_files, self.data.train or ())
         check_scorable(self.scorer.manager, config.data.val_files, self.data.validation)
         check_scorable(self.scorer.manager, config.data.test_files or (), self.data.test or ())

@@ -32,6 +32,7 @@ from verl.trainer.ppo.scoring import Scorer, build_reward_manager, check_scorabl
 from verl.trainer.ppo.validation import ValidationResult, validate
 from verl.utils.checkpoint.identity import Identity, check_same_run, run_identity
 from verl.utils.checkpoint.manager import Checkpoint, CheckpointManager
+from verl.utils.dataset.image_store import open_images
 from verl.utils.dataset.images import ImageSpec
 from verl.utils.dataset.patches import PatchSource, open_patches
 from verl.utils.dataset.prompts import Truncation
@@ -128,7 +129,7 @@ class SFTTrainer:
         self.steps_per_epoch = self.sampler.batches_per_epoch(data.train_batch_size)
         self.total_steps = trainer.total_training_steps or trainer.total_epochs * self.steps_per_epoch
         self.budget = data.micro_batch_size_per_gpu * data.max_length
-        self.scorer = Scorer(build_reward_manager(config), self.tokenizer)
+        self.scorer = Scorer(build_reward_manager(config), self.tokenizer, open_images(self.data.stores))
         check_scorable(self.scorer.manager, data.val_files, [e.prompt for e in self.data.validation])
         check_scorable(self.scorer.manager, data.test_files or (), self.data.test or ())
         self.run_dir = Path(trainer.default_local_dir)

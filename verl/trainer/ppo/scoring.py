@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl.config import PPOConfig, SFTConfig
 from verl.config.judge import RewardJudgeConfig
-from verl.protocol import Group, Prompt, Response, Score
+from verl.protocol import Group, ImageRecord, Prompt, Response, Score
+from verl.utils.dataset.image_store import encode_png
 from verl.utils.reward_score.custom import CustomFunction
 from verl.utils.reward_score.judge import JudgeConfig
 from verl.utils.reward_score.returns import number
@@ -104,9 +105,11 @@ def _groups(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]], 
 class Scorer:
     """Decodes answers and scores them; the texts of the last call stay at hand for dumps."""
 
-    def __init__(self, manager: RewardManager, tokenizer: Any) -> None:
+    def __init__(self, manager: RewardManager, tokenizer: Any, images: Mapping[str, ImageRecord]) -> None:
+        """`images` are those of all prompts, by key: what trackers show beside an answer."""
         self.manager = manager
         self.tokenizer = tokenizer
+        self.images = images
         self.pool: RewardPool | None = None
         """Where answers are scored; None: in this process."""
         self.pool_metrics: dict[str, float] = {}
@@ -134,7 +137,7 @@ class Scorer:
                 file.write(json.dumps(self._record(group), ensure_ascii=False) + "\n")
 
     def tracker_samples(self, groups: Sequence[Group]) -> list[Sample]:
-        """First answers of some groups, for trackers."""
+        """First answers of some groups with the first image of their prompts, for trackers."""
         texts = self.texts([g.responses[0] for g in groups])
         return [
             Sample(
@@ -143,6 +146,7 @@ class Scorer:
                 answer=text,
                 label=g.prompt.ground_truth,
                 score=g.scores[0].total if g.scores[0].is_ok else None,
+                image=encode_png(self.images[g.prompt.image_keys[0]]) if g.prompt.image_keys else None,
             )
             for g, text in zip(groups, texts, strict=True)
         ]

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,6 +31,7 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from verl.protocol import ImageRecord
 from verl.utils.dataset.images import ImageSpec, grid_of, image_key, process_image, read_image_file
@@ -159,6 +162,18 @@ class ImageStore(Mapping[str, ImageRecord]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ImageStore.open, (self.path,)
+
+
+def open_images(stores: Sequence[str | Path]) -> Mapping[str, ImageRecord]:
+    """The images of all `stores` by key. Raises ValueError as `ImageStore.open`."""
+    return ChainMap(*(ImageStore.open(path) for path in stores))  # type: ignore[arg-type]
+
+
+def encode_png(record: ImageRecord) -> bytes:
+    """The stored pixels, as the model sees them, as a PNG file."""
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(record.pixels.transpose(1, 2, 0))).save(out, "PNG")
+    return out.getvalue()
 
 
 def _store_name(items: list[ImageItem], spec: ImageSpec) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import ChainMap, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from verl.protocol import ImageRecord
-from verl.utils.dataset.image_store import ImageStore
+from verl.utils.dataset.image_store import open_images
 from verl.utils.dataset.images import ImageSpec, to_patches
 
 
@@ -52,4 +52,4 @@ class StoredPatches:
 
 def open_patches(stores: Sequence[Path], spec: ImageSpec) -> StoredPatches:
     """Patches of the images in all `stores` (train, validation, test)."""
-    return StoredPatches(ChainMap(*(ImageStore.open(path) for path in stores)), spec)  # type: ignore[arg-type]
+    return StoredPatches(open_images(stores), spec)
