@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ import pytest
 from asking import ask, config, different, request
 from judge_server import JudgeServer, Plan, completion, error, good, verdict
 
-from verl.utils.reward_score.judge import JudgeRequest, Rubric
+from verl.utils.reward_score.judge import JudgeRequest, Rubric, Verdict
 
 SCRIPT = Path(__file__).parent / "ask_in_process.py"
 ROOT = Path(__file__).resolve().parents[3]
@@ -48,6 +49,16 @@ def test_the_second_call_comes_from_the_cache(server: JudgeServer, cache: Path) 
     first, second = ask(settings, [request()]), ask(settings, [request()])
     assert first.found == second.found and len(server.seen) == 1
     assert second.metrics["judge/cached"] == 1
+
+
+def test_the_cap_applies_to_a_cached_verdict_as_well(server: JudgeServer, cache: Path) -> None:
+    server.plan = lambda _: good(0.9)
+    settings, plain = config(server, cache_path=str(cache)), request("R\u0435fer to specialist.")
+    free = JudgeRequest(dataclasses.replace(plain.rubric, stock_phrases=()), plain.fields)
+    first, second = ask(settings, [free]).only, ask(settings, [plain]).only
+    assert isinstance(first, Verdict) and isinstance(second, Verdict) and len(server.seen) == 1
+    assert (first.score, first.capped) == (pytest.approx(0.9), False)
+    assert (second.score, second.capped) == (0.4, True)
 
 
 def test_another_process_finds_the_answers(server: JudgeServer, cache: Path) -> None:

@@ -1,6 +1,7 @@
 """Invariants of the judge's pure parts: settings, fence, reader, limits, breaker."""
 
 import asyncio
+import dataclasses
 import json
 import re
 import string
@@ -11,6 +12,7 @@ from verl.utils.reward_score.adapter import RewardFunction
 from verl.utils.reward_score.emg_soft import RUBRIC
 from verl.utils.reward_score.judge import JudgeConfig, JudgeError, JudgeRequest
 from verl.utils.reward_score.judge.limits import Breaker, RateLimiter
+from verl.utils.reward_score.judge.look_alikes import plain_letters
 from verl.utils.reward_score.judge.rubric import build_messages, cache_key, holds_phrase, shown_text
 from verl.utils.reward_score.judge.verdict import parse_verdict
 from verl.utils.reward_score.returns import FailureKind, ScoringError, failure_kind
@@ -81,9 +83,64 @@ def test_the_key_depends_on_what_decides_the_verdict_and_not_on_the_delimiter() 
     assert len({key(), key("y"), key(model="n"), key(temperature=1.0), key(temperature=None), key(tokens=6)}) == 6
 
 
-@pytest.mark.parametrize("text", ["further\u200btests", "FURTHER TESTS", "f\u0443rther", "furth\u0435r tests!"])
-def test_a_phrase_is_found_by_its_letters_alone(text: str) -> None:
-    assert holds_phrase(text, ("further tests",)) == (text != "f\u0443rther")
+DISGUISES = {
+    "case and punctuation": "reFER, to -- spe|cia|list!",
+    "accents": "r\u00e9fer t\u00f6 sp\u0113cialist\u0335",
+    "full width": "\uff52\uff45\uff46\uff45\uff52 \uff54\uff4f \uff53pecialist",
+    "mathematical": "\U0001d42b\U0001d41e\U0001d41f\U0001d41e\U0001d42b to specialist",
+    "circled, in brackets": "\u24e1ef\u24d4r to \u24c8peci\u249clist",
+    "black squares": "\U0001f181\U0001f174\U0001f175\U0001f174\U0001f181 to specialist",
+    "regional indicators": "\U0001f1f7\U0001f1ea\U0001f1eb\U0001f1ea\U0001f1f7 to specialist",
+    "ligatures": "refer to speciali\ufb06",
+    "soft hyphens": "re\u00adfer to speci\u00adalist",
+    "zero width": "r\u200be\u200cf\u200de\u2060r t\ufeffo spe\u034fcialist",
+    "direction marks": "\u202erefer\u202c \u200fto\u2069 specialist",
+    "variation selectors, tags": "re\ufe0ffer to spec\U000e0100iali\U000e0061st",
+    "Hangul fillers": "re\u115ffer\u1160 to\u3164 spec\uffa0ialist",
+    "Mongolian separators": "re\u180efer to spe\u180bcialist",
+    "spaces of all kinds": "re\u00a0fer\u2003to\u3000spe\u2028cialist",
+    "Cyrillic": "\u0433\u0435f\u0435\u0433 t\u043e \u0455\u0440\u0435\u0441\u0456\u0430l\u0456\u0455t",
+    "Cyrillic capitals": "REFER \u0422\u041e \u0405\u0420\u0415\u0421\u0406\u0410\u04c0\u0406\u0405\u0422",
+    "Greek": "ref\u03b5r \u03c4\u03bf s\u03c1\u03b5\u03f2\u03b9\u03b1l\u03b9s\u03c4",
+    "Greek capitals": "REF\u0395R \u03a4\u039f S\u03a1\u0395\u03f9\u0399\u0391L\u0399S\u03a4",
+    "Armenian, Cherokee": "\u13a1efer t\u0585 \u13da\u13e2\u13ac\u13df\u13a5\u13aa\u13de\u13a5\u13da\u13a2",
+    "Cherokee, small": "\uab71efer to specialist",
+    "small capitals": "\u0280\u1d07\ua730\u1d07\u0280 \u1d1b\u1d0f \ua731\u1d18\u1d07\u1d04\u026a\u1d00\u029fist",
+    "strokes and hooks": "r\u0247\u0192er t\u00f8 specia\u0142is\u0167",
+    "dotless and long": "refer to spec\u0131al\u0131\u017ft",
+    "capital i, digits": "ref3r t0 5pec1aIi5t",
+}
+
+
+@pytest.mark.parametrize("name", DISGUISES)
+def test_a_phrase_is_found_by_what_it_looks_like(name: str) -> None:
+    assert holds_phrase(f"Stay calm. {DISGUISES[name]} soon", ("refer to specialist",))
+
+
+@pytest.mark.parametrize(
+    "text", ["refer to a specialist", "refer to spec", "\u0438efer to specialist", "$pecialist", ""]
+)
+def test_another_text_is_not_taken_for_the_phrase(text: str) -> None:
+    assert not holds_phrase(text, ("refer to specialist",))
+
+
+def test_every_default_ignorable_code_point_is_dropped() -> None:
+    """DerivedCoreProperties.txt, Default_Ignorable_Code_Point, as of Unicode 15."""
+    ranges = ["ad", "34f", "61c", "115f-1160", "17b4-17b5", "180b-180f", "200b-200f", "202a-202e", "2060-206f", "3164"]
+    ranges += ["fe00-fe0f", "feff", "ffa0", "fff0-fff8", "1bca0-1bca3", "1d173-1d17a", "e0000-e0fff"]
+    for first, _, last in (part.partition("-") for part in ranges):
+        assert plain_letters("".join(map(chr, range(int(first, 16), int(last or first, 16) + 1)))) == ""
+
+
+def test_folding_leaves_plain_letters_and_other_scripts_alone() -> None:
+    letters = string.ascii_lowercase.replace("i", "l")
+    assert plain_letters(string.ascii_letters) == letters * 2 and plain_letters("0123456789") == "ol2eas6t89"
+    assert plain_letters("\u795e\u7d4c \u05d0") == "\u795e\u7d4c\u05d0"
+
+
+def test_a_phrase_of_no_letter_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"stock_phrases hold '\.\.\.', without a letter"):
+        dataclasses.replace(RUBRIC, stock_phrases=("...",))
 
 
 @pytest.mark.parametrize("phrase", RUBRIC.stock_phrases)

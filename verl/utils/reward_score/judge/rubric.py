@@ -5,7 +5,8 @@ Invariants
 - Inside, the text is a JSON string of printable ASCII without newline, `<`, `>`, `[`, `]`, `{`, `}`, `|` or backtick:
   it can close neither its string nor the fence, nor form a control token of a chat template.
 - A cut field says so, with both lengths.
-- A stock phrase caps the score however it is cased, spaced, punctuated or spelled in look-alike letters.
+- A stock phrase caps the score however it is cased, spaced, punctuated, interrupted by invisible code points or spelled
+  in look-alike letters (`look_alikes.py` says which). The cap comes after the cache, so it is no part of the key.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import hashlib
 import json
 import re
 import secrets
-import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from verl.utils.reward_score.judge.look_alikes import plain_letters
 
 PROMPT_VERSION = "2"
 """Part of every cache key; raise it when the wording or the schema below changes."""
@@ -39,6 +41,7 @@ class Rubric:
     criteria: tuple[tuple[str, str], ...]
     """(key in the verdict, what it means); each is a number from 0 to 1."""
     stock_phrases: tuple[str, ...] = ()
+    """Each must hold a letter or digit."""
     stock_field: str | None = None
     """The field in which a stock phrase caps the score."""
     cap: float = 1.0
@@ -50,6 +53,9 @@ class Rubric:
             raise ValueError(f"cap={self.cap}: give a number from 0 to 1")
         if self.stock_phrases and self.stock_field is None:
             raise ValueError("stock_phrases need stock_field, the field in which they cap the score")
+        for phrase in self.stock_phrases:
+            if not plain_letters(phrase):
+                raise ValueError(f"stock_phrases hold {phrase!r}, without a letter or digit: it would cap every answer")
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -129,9 +135,9 @@ def cache_key(rubric: Rubric, shown: str, *, model: str, temperature: float | No
 
 
 def holds_phrase(text: str, phrases: tuple[str, ...]) -> bool:
-    """Whether a phrase occurs, compared by letters and digits alone, look-alikes of Latin letters included."""
-    letters = _letters(text)
-    return any(_letters(phrase) in letters for phrase in phrases)
+    """Whether a phrase occurs in what the text looks like (`look_alikes.py`): letters and digits alone."""
+    letters = plain_letters(text)
+    return any(plain_letters(phrase) in letters for phrase in phrases)
 
 
 def _digest(value: Any) -> str:
@@ -143,16 +149,3 @@ _UNSAFE = re.compile(r"[<>\[\]{}|`\x7f]")
 
 def _quote(text: str) -> str:
     return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(text, ensure_ascii=True))
-
-
-# Cyrillic and Greek letters that look like Latin ones, after case folding (subset of Unicode's confusables.txt).
-_LOOK_ALIKES = str.maketrans(
-    "\u0430\u0432\u0435\u0456\u0458\u043a\u043c\u043d\u043e\u0440\u0441\u0442\u0443\u0445\u0455\u04bb\u0501\u051b\u051d"
-    "\u0433\u03b1\u03b2\u03b5\u03b9\u03ba\u03bd\u03bf\u03c1\u03c4\u03c5\u03c7\u03c9\u03b7\u0131\u0261\u0251",
-    "abeijkmhopctyxshdqwrabeikvoptuxwniga",
-)
-
-
-def _letters(text: str) -> str:
-    folded = unicodedata.normalize("NFKD", text).casefold().translate(_LOOK_ALIKES)
-    return "".join(c for c in folded if c.isalnum())
