@@ -63,6 +63,8 @@ def _old_values(values: Mapping[str, Mapping[Any, Rule]]) -> Iterator[str]:
 
 def _what(rule: Rule) -> str:
     parts = [f"`{rule.target}`" if rule.target else "", _cell(rule.reason)]
+    if rule.switch:
+        parts.append(f"needs `{rule.switch}=True`")
     if rule.neutral:
         parts.append("silent: " + ", ".join(_value(value) for value in rule.neutral))
     return "; ".join(part for part in parts if part)

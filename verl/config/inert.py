@@ -187,8 +187,13 @@ def _reward(config: PPOConfig) -> Inert:
         yield "custom_reward_function.name", "custom_reward_function.path is null"
         yield "custom_reward_function.reward_kwargs.", "custom_reward_function.path is null"
     else:
-        for key in ("reward.format", "reward.parts."):
-            yield key, "custom_reward_function.path replaces the task's own reward"
+        reason = "custom_reward_function.path replaces the task's own reward"
+        yield "reward.format", reason
+        for name, settings in config.reward.parts.items():
+            kind = settings.get("kind", name) if isinstance(settings, Mapping) else None
+            if kind != "length":
+                for key in (f"reward.parts.{name}", f"reward.parts.{name}."):
+                    yield key, f"{reason}, to which only length parts are added"
     if not config.reward.judge.enable:
         yield "reward.judge.", "reward.judge.enable=False"
 

@@ -37,10 +37,14 @@ class Rule:
     """Values that ask for what happens anyway; they pass without a word."""
     values: Mapping[Any, str | None] = field(default_factory=dict)
     """ALIAS: old value -> new value as text; None drops the override."""
+    switch: str | None = None
+    """ALIAS: an old name that must be True beside this one; False drops it, absent a warning says so."""
 
 
-def alias(target: str, reason: str = "", values: Mapping[Any, str | None] | None = None) -> Rule:
-    return Rule(Level.ALIAS, target, reason, values=values or {})
+def alias(
+    target: str, reason: str = "", values: Mapping[Any, str | None] | None = None, switch: str | None = None
+) -> Rule:
+    return Rule(Level.ALIAS, target, reason, values=values or {}, switch=switch)
 
 
 def warn(reason: str, *neutral: Any) -> Rule:
@@ -66,10 +70,28 @@ _ALL_SAVED = "not implemented yet: a checkpoint always holds model, optimizer, c
 _CONTENTS = (["model", "optimizer", "extra"], ["model", "optimizer", "extra", "hf_model"], None)
 _V1 = "it belongs to verl's other trainer"
 
+
+def _overlong(group: str, limit: str | None) -> dict[str, Rule]:
+    """DAPO's overlong punishment under one of the names that it had: our length part. `limit` is the longest answer."""
+    switch, part = f"{group}.enable", "reward.parts.length"
+    rules = {
+        switch: alias(f"{part}.kind", "DAPO's overlong punishment", {True: "length", False: None}),
+        f"{group}.len": alias(f"{part}.buffer", switch=switch),
+        f"{group}.penalty_factor": alias(f"{part}.weight", switch=switch),
+        f"{group}.log": warn("every part of the reward is logged", True, False),
+    }
+    return rules if limit is None else rules | {limit: alias(f"{part}.max_tokens", switch=switch)}
+
+
 PPO_RULES: dict[str, Rule] = {
     # Megatron, critic, reward model
     "*.megatron.*": warn(_MEGATRON),
     "critic.*": warn(_NO_CRITIC),
+    **_overlong("reward_model.overlong_buffer", None),
+    **_overlong("reward_model.reward_kwargs.overlong_buffer_cfg", "reward_model.reward_kwargs.max_resp_len"),
+    **_overlong("reward.reward_kwargs.overlong_buffer_cfg", "reward.reward_kwargs.max_resp_len"),
+    "reward_model.reward_kwargs.*": missing(None),
+    "reward.reward_kwargs.*": missing(None),
     "reward_model.*": warn(_NO_REWARD_MODEL),
     # data
     "data.tokenizer": warn("the tokenizer comes from actor_rollout_ref.model.path", None),

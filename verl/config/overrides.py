@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import Override as HydraOverride
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 
-from verl.config.legacy import Level, Rule, find_rule, is_neutral
+from verl.config.legacy import Level, Rule, find_rule, is_neutral, warn
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def rewrite(
     last = {o.written: o for o in overrides}
     for override in sorted(last.values(), key=overrides.index):
         try:
-            final = _resolve(override, keys, free, rules, warnings)
+            final = _resolve(override, keys, free, _switched(override, rules, last), warnings)
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -126,6 +126,18 @@ def rewrite(
     if problems:
         raise ValueError("\n".join(problems))
     return Rewritten(done, tuple(warnings.values()))
+
+
+def _switched(override: Override, rules: Mapping[str, Rule], written: Mapping[str, Override]) -> Mapping[str, Rule]:
+    """The rules, but one that does nothing for a name whose switch is off."""
+    found = find_rule(override.key, rules)
+    if found is None or found[1].switch is None:
+        return rules
+    pattern, rule = found
+    switch = written.get(str(rule.switch))
+    if switch is None:
+        return {**rules, pattern: warn(f"it needs {rule.switch}=True")}
+    return rules if switch.value else {**rules, pattern: warn(f"{rule.switch}=False", override.value)}
 
 
 def _resolve(

@@ -9,7 +9,7 @@ from config_cases import sft, small
 
 from verl.config.legacy import PPO_RULES, SFT_RULES, Level, Rule, find_rule, is_neutral
 from verl.config.loader import SCHEMAS, Resolved
-from verl.config.schema import leaves
+from verl.config.schema import free_keys, leaves
 
 TABLES = {"ppo_trainer": PPO_RULES, "sft_trainer": SFT_RULES}
 NAMES = list(TABLES)
@@ -39,7 +39,9 @@ def test_every_rule_is_reached_and_hides_no_key_of_ours(name: str) -> None:
     for pattern, rule in TABLES[name].items():
         assert find_rule(example_of(pattern), TABLES[name]) == (pattern, rule)
         assert pattern not in keys
-        assert rule.target is None or "*" in rule.target or rule.target in keys
+        free = any(str(rule.target).startswith(f"{node}.") for node in free_keys(SCHEMAS[name].root))
+        assert rule.target is None or "*" in rule.target or rule.target in keys or free
+        assert rule.switch is None or TABLES[name][rule.switch].level is Level.ALIAS
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -129,6 +131,60 @@ def test_a_refused_value_names_the_reason(override: str, message: str) -> None:
     with pytest.raises(ValueError) as error:
         small(override)
     assert message in str(error.value) and override.partition("=")[0] in str(error.value)
+
+
+OVERLONG = (
+    "reward_model.overlong_buffer",
+    "reward_model.reward_kwargs.overlong_buffer_cfg",
+    "reward.reward_kwargs.overlong_buffer_cfg",
+)
+
+
+def overlong(group: str, enable: bool | None, *more: str) -> list[str]:
+    """The lines of a script of verl."""
+    switch = [] if enable is None else [f"+{group}.enable={enable}"]
+    return [*switch, f"+{group}.len=64", f"+{group}.penalty_factor=0.5", f"+{group}.log=False", *more]
+
+
+@pytest.mark.parametrize("group", OVERLONG)
+def test_dapos_overlong_buffer_is_the_length_part(group: str) -> None:
+    found = small(*overlong(group, True))
+    assert found.config.reward.parts == {"length": {"kind": "length", "buffer": 64, "weight": 0.5}}
+    assert found.warnings == small().warnings
+    mapping = small(f"+{group}={{enable: True, len: 64, penalty_factor: 0.5, log: True}}")
+    assert mapping.config.reward.parts == found.config.reward.parts
+
+
+@pytest.mark.parametrize("group", OVERLONG)
+def test_an_overlong_buffer_that_is_off_changes_nothing_and_one_that_nobody_enabled_says_so(group: str) -> None:
+    off, forgotten = small(*overlong(group, False)), small(*overlong(group, None))
+    assert off.config == small().config and off.warnings == small().warnings
+    assert forgotten.config == small().config
+    assert [line for line in forgotten.warnings if line not in small().warnings] == [
+        f"{group}.len=64 has no effect: it needs {group}.enable=True",
+        f"{group}.penalty_factor=0.5 has no effect: it needs {group}.enable=True",
+    ]
+
+
+@pytest.mark.parametrize("node", ["reward_model", "reward"])
+def test_max_resp_len_is_the_length_of_the_full_punishment(node: str) -> None:
+    group, limit = f"{node}.reward_kwargs.overlong_buffer_cfg", f"+{node}.reward_kwargs.max_resp_len=100"
+    assert small(*overlong(group, True, limit)).config.reward.parts["length"]["max_tokens"] == 100
+    assert small(*overlong(group, False, limit)).config == small().config
+    with pytest.raises(ValueError, match=rf"{node}\.reward_kwargs\.more=1: not implemented yet"):
+        small(f"+{node}.reward_kwargs.more=1")
+
+
+def test_two_names_of_the_overlong_buffer_with_different_values_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"set the same key, reward\.parts\.length\.buffer; drop one"):
+        small(*overlong(OVERLONG[0], True), "reward.parts.length.buffer=32")
+
+
+def test_beside_a_custom_function_only_length_parts_have_an_effect() -> None:
+    settings = [*overlong(OVERLONG[0], True), "reward.parts.label.weight=2", "reward.parts.format=null"]
+    lines = [w for w in small("custom_reward_function.path=r.py", *settings).warnings if "reward.parts" in w]
+    assert [line.partition("=")[0] for line in lines] == ["reward.parts.label.weight", "reward.parts.format"]
+    assert all("to which only length parts are added" in line for line in lines)
 
 
 def test_a_section_of_old_keys_may_come_as_a_mapping() -> None:

@@ -12,9 +12,10 @@ import pytest
 from verl.protocol import Score
 from verl.timeseries import get_task
 from verl.utils.reward_score import ctu, emg, get_scorer
-from verl.utils.reward_score.composite import RESPONSE_TOKENS, Composite, overlong
+from verl.utils.reward_score.composite import Composite
 from verl.utils.reward_score.judge import JudgeError, JudgeRequest, Verdict
 from verl.utils.reward_score.labels import LabelScorer
+from verl.utils.reward_score.length import RESPONSE_TOKENS, overlong
 from verl.utils.reward_score.parts import PUBLISHED, PartKind, RewardPart, check_parts, merge_parts
 from verl.utils.reward_score.returns import FailureKind
 from verl.utils.reward_score.tags import AnswerFormat

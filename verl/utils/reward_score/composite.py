@@ -19,12 +19,10 @@ from verl.utils.reward_score.adapter import RewardFunction
 from verl.utils.reward_score.custom import CustomFunction
 from verl.utils.reward_score.judge import Judge, JudgeError, JudgeRequest, Rubric
 from verl.utils.reward_score.labels import LabelScorer
+from verl.utils.reward_score.length import LengthRule
 from verl.utils.reward_score.parts import PartKind, RewardPart, check_parts
 from verl.utils.reward_score.returns import failed
 from verl.utils.reward_score.tags import AnswerFormat, ParsedAnswer, fold
-
-RESPONSE_TOKENS = "response_tokens"
-"""Key of `extra_info` that holds the answer's length in tokens."""
 
 CAPPED = "capped"
 """Beside a judge's criteria in `Score.extra`: a stock phrase capped the score."""
@@ -39,11 +37,6 @@ _FIELDS = ("reasoning", "class", "extension")
 def asked_judge(score: Score) -> bool:
     """Whether a judge was asked about that answer, with or without success."""
     return _JUDGE_FAILED in score.extra or any(key.endswith(f"/{CAPPED}") for key in score.extra)
-
-
-def overlong(tokens: int, *, max_tokens: int, buffer: int) -> float:
-    """0 up to `max_tokens - buffer` tokens, then falling to -1 at `max_tokens` (DAPO, arXiv 2503.14476, eq. 13)."""
-    return max(-1.0, min(0.0, (max_tokens - buffer - tokens) / buffer))
 
 
 class Composite:
@@ -75,6 +68,7 @@ class Composite:
             self._reader = dataclasses.replace(self._labels, answer_format=AnswerFormat.LOOSE)
         self._rubrics: dict[str, Rubric] = {}
         self._functions: dict[str, RewardFunction] = {}
+        self._lengths: dict[str, LengthRule] = {}
         for part in self.parts:
             self._prepare(part, make_function or _plain_function)
 
@@ -87,11 +81,7 @@ class Composite:
                 raise ValueError(f"{where}: {self.scorer.data_source} asks for no <extension> that could be judged")
             self._rubrics[part.name] = _rubric(options.get("rubric"), where)
         elif part.kind is PartKind.LENGTH:
-            limit, buffer = options.get("max_tokens", self._max_tokens), options.get("buffer")
-            if limit is None:
-                raise ValueError(f"{where} needs max_tokens, the length at which the punishment is full")
-            if not isinstance(limit, int) or not isinstance(buffer, int) or not 0 < buffer <= limit:
-                raise ValueError(f"{where}: buffer={buffer} must lie between 1 and max_tokens={limit}")
+            self._lengths[part.name] = LengthRule.of(part, self._max_tokens)
         elif part.kind is PartKind.CUSTOM:
             if not isinstance(options.get("path"), str):
                 raise ValueError(f"{where}.path={options.get('path')!r}: name a python file with the function")
@@ -146,7 +136,7 @@ class Composite:
             elif part.kind is PartKind.LABEL:
                 value = float(answer.label == truth)
             elif part.kind is PartKind.LENGTH:
-                value = self._length(part, extra_info)
+                value = self._lengths[part.name].value(extra_info)
             else:
                 found = await self._waited(part, text, ground_truth, answer, extra_info)
                 if not found.is_ok:
@@ -156,15 +146,6 @@ class Composite:
             parts[part.name] = value
             total += part.weight * value
         return Score.ok(total, parts, answer.label, extra)
-
-    def _length(self, part: RewardPart, extra_info: Mapping[str, Any]) -> float:
-        if RESPONSE_TOKENS not in extra_info:
-            raise ValueError(
-                f"reward.parts.{part.name} needs the answer's length: give extra_info[{RESPONSE_TOKENS!r}]"
-            )
-        options = part.options
-        limit = options.get("max_tokens", self._max_tokens)
-        return overlong(extra_info[RESPONSE_TOKENS], max_tokens=limit, buffer=options["buffer"])
 
     async def _waited(
         self, part: RewardPart, text: str, ground_truth: str, answer: ParsedAnswer, extra_info: Mapping[str, Any]

@@ -96,6 +96,11 @@ def merge_parts(declared: Sequence[RewardPart], overrides: Mapping[str, Any]) ->
     return tuple(merged.values())
 
 
+def kind_of(name: str, settings: Any) -> Any:
+    """The kind that settings of a new part name: their own, or the part's name."""
+    return settings.get("kind", name) if isinstance(settings, Mapping) else None
+
+
 def _moved(parts: Mapping[str, RewardPart], name: str, before: Any) -> dict[str, RewardPart]:
     others = [other for other in parts if other != name]
     if before not in others:
@@ -117,7 +122,7 @@ def _changed(part: RewardPart | None, name: str, settings: Mapping[str, Any]) ->
         if settings.get("kind", part.kind.value) != part.kind.value:
             raise ValueError(f"reward.parts.{name}.kind={settings['kind']}: the task declares it as {part.kind.value}")
         return dataclasses.replace(part, options={**part.options, **options}, **common)
-    kind = settings.get("kind", name)
+    kind = kind_of(name, settings)
     kinds = [known.value for known in PartKind]
     if kind not in kinds:
         raise ValueError(f"reward.parts.{name}.kind={kind!r}: use one of {', '.join(kinds)}")

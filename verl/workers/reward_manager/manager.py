@@ -22,9 +22,10 @@ from verl.protocol import Prompt, Score
 from verl.utils.event_loop import LoopThread
 from verl.utils.reward_score import AnswerFormat, declare_from_row, declared_parts, get_scorer, known_classes
 from verl.utils.reward_score.adapter import RewardFunction
-from verl.utils.reward_score.composite import RESPONSE_TOKENS, Composite
+from verl.utils.reward_score.composite import Composite
 from verl.utils.reward_score.custom import CustomFunction
 from verl.utils.reward_score.judge import JudgeConfig, shared_judge
+from verl.utils.reward_score.length import RESPONSE_TOKENS, add_lengths, length_rules
 from verl.utils.reward_score.parts import PartKind, merge_parts
 from verl.workers.reward_manager.failure_rate import why_stop
 
@@ -47,7 +48,7 @@ class RewardFailureRateError(RuntimeError):
 
 
 class RewardManager:
-    """Scores answers by the parts that their task and `parts` declare, or by a custom function.
+    """Scores answers by the parts that their task and `parts` declare, or by a custom function plus the length parts.
 
     `max_concurrent` bounds the calls in flight of an async function or of one with a time limit (`timeout_s`, seconds a
     call). `judge` holds the options of `JudgeConfig`; None: soft parts are left out. The judge keeps limits of its own,
@@ -90,6 +91,8 @@ class RewardManager:
         self._custom, self._parts, self._max_tokens = custom, dict(parts or {}), max_tokens
         self._composites: dict[str, Composite] = {}
         self._own = None if custom is None else self._wrap(custom)
+        # Beside a custom function, which knows no other parts.
+        self._lengths = [] if custom is None else length_rules(self._parts, max_tokens)
         self._rules = RewardFunction(self._rule, name="registered rule", warn=warn, copy_extra=False)
         self._waiting_rules = RewardFunction(self._waiting_rule, name="registered rule", warn=warn, copy_extra=False)
 
@@ -165,11 +168,12 @@ class RewardManager:
     def score_now(self, items: Sequence[RewardItem]) -> list[Score]:
         """Scores in this thread, one after the other, where no call waits."""
         function = self._own or self._rules
-        return [function.score(**_arguments(item)) for item in items]
+        return [add_lengths(function.score(**_arguments(item)), self._lengths, item.tokens) for item in items]
 
     async def score_one(self, item: RewardItem) -> Score:
         """One score, without blocking the event loop while it waits."""
-        return await (self._own or self._waiting_rules).score_async(**_arguments(item))
+        score = await (self._own or self._waiting_rules).score_async(**_arguments(item))
+        return add_lengths(score, self._lengths, item.tokens)
 
     def composite(self, data_source: str) -> Composite:
         """The parts by which a source is scored. Raises ValueError for one that nothing scores."""
