@@ -169,7 +169,9 @@ def _judge(config: PPOConfig) -> Problems:
             "reward.judge.enable=True has no effect on custom_reward_function.path: pass the judge's options in "
             "custom_reward_function.reward_kwargs, or set reward.judge.enable=False"
         )
-    if judge.api_key_env is not None and not os.environ.get(judge.api_key_env, "").strip():
+    # On a cluster that was there before, the key is in its environment: the judge's process looks at start.
+    here = "RAY_ADDRESS" not in os.environ
+    if here and judge.api_key_env is not None and not os.environ.get(judge.api_key_env, "").strip():
         # Somebody may have written the key itself here: only what looks like a name is shown.
         shown = judge.api_key_env if re.fullmatch(r"[A-Z_][A-Z0-9_]{0,40}", judge.api_key_env) else "..."
         yield (

@@ -14,6 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "judge"))
 
 @pytest.fixture(scope="session", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, logging_level=40, log_to_driver=False)
+    """Its processes know a key that the driver does not, as on a cluster that was there before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEY_OF_THE_NODE", "sk-known-to-the-node-alone")
+        ray.init(num_cpus=4, include_dashboard=False, logging_level=40, log_to_driver=False)
     yield
     ray.shutdown()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import pytest
 from judge_server import JudgeServer, Seen, error, good
 
 from verl.protocol import Prompt, Score
+from verl.single_controller.group import UserError
 from verl.utils.reward_score.custom import CustomFunction
 from verl.workers.reward_manager import RewardFailureRateError, RewardItem, RewardManager
 from verl.workers.reward_manager.dispatch import Answer
@@ -58,9 +60,11 @@ def prompt(row: int, truth: str = "Desktop", source: str = "computer_dataset") -
 def pool_of(manager: RewardManager, source: str = "computer_dataset", truth: str = "Desktop") -> Iterator[RewardPool]:
     manager.check_prompts([prompt(0, truth, source)])
     pool = RewardPool(manager, workers=2, timeout=120)
-    pool.ready(120)
-    yield pool
-    pool.close()
+    try:
+        pool.ready(120)
+        yield pool
+    finally:
+        pool.close()
 
 
 def scores_of(pool: RewardPool, texts: list[str]) -> tuple[list[Score], dict[str, float]]:
@@ -222,6 +226,27 @@ def test_all_workers_share_one_judge_and_its_limits() -> None:
         assert [s.total if s.is_ok else s.reason for s in scores[:7]] == [1.25] * 7
         assert str(scores[7].reason).startswith("server_error") and all(s.is_ok for s in scores[8:])
         assert again == scores[8:] and len(server.seen) == 24, "a second batch is served from the judge's cache"
+
+
+def test_the_judges_key_is_that_of_its_node_and_a_missing_one_is_said_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The driver's environment is not the cluster's: Ray was there before these variables were set or deleted."""
+    monkeypatch.setenv("KEY_OF_THE_DRIVER", "sk-known-to-the-driver-alone")
+    monkeypatch.delenv("KEY_OF_THE_NODE", raising=False)
+    item = RewardItem(prompt(0, "Myopathy", "emg_dataset"), ANSWER.format("Myopathy", "Plan"), 9)
+    with JudgeServer() as server:
+        manager = RewardManager(max_failure_rate=0, judge=judge_options(server, api_key_env="KEY_OF_THE_DRIVER"))
+        with pytest.raises(UserError) as caught, pool_of(manager, "emg_dataset", "Myopathy"):
+            pass
+        message = str(caught.value)
+        assert "KEY_OF_THE_DRIVER" in message and socket.gethostname() in message and "ray start" in message
+        assert "sk-known" not in message and not server.seen
+        server.plan = lambda _: good(0.5)
+        manager = RewardManager(max_failure_rate=0, judge=judge_options(server, api_key_env="KEY_OF_THE_NODE"))
+        with pool_of(manager, "emg_dataset", "Myopathy") as pool:
+            assert pool.score([item])[0].total == 1.25
+        assert [seen.headers["authorization"] for seen in server.seen] == ["Bearer sk-known-to-the-node-alone"]
 
 
 @pytest.mark.parametrize(("slots", "workers", "each"), [(32, 2, 32), (3, 2, 3), (1, 8, 1), (400, 4, 200)])

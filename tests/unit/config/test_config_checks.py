@@ -86,6 +86,19 @@ def test_a_contradiction_names_the_key_to_change(changes: dict[str, Any], messag
     assert any(message in problem for problem in problems), problems
 
 
+def test_the_judges_key_is_looked_for_here_unless_the_cluster_was_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = changed(ppo().config, {"reward.judge.enable": True, "reward.judge.api_key_env": "NO_SUCH_KEY"})
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (problem,) = check_ppo(judged)
+    assert problem.startswith("reward.judge.api_key_env=NO_SUCH_KEY: there is no such environment variable")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert check_ppo(judged) == []
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setenv("NO_SUCH_KEY", "sk-1")
+    assert check_ppo(judged) == []
+
+
 @pytest.mark.parametrize(
     "changes",
     [

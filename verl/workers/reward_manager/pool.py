@@ -26,6 +26,7 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl.protocol import Prompt, Score
+from verl.single_controller.group import UserError
 from verl.utils.reward_score.judge import JudgeConfig, JudgeError, JudgeRequest, LLMJudge, Verdict
 from verl.utils.reward_score.judge.shared import use_judges
 from verl.utils.reward_score.returns import FailureKind
@@ -123,10 +124,19 @@ class JudgeActor:
         except JudgeError as error:
             return error.kind.value, str(error)
 
-    async def warm_up(self) -> None:
-        """Import the client now, not while the first answers wait. Without a key the first answer will say so."""
-        self._judge = LLMJudge(self._config)
-        self._judge.open()
+    async def ready(self) -> str | None:
+        """Import the client and read the key now, not while the first answers wait; what is wrong with the key.
+
+        The key is that of this process, which Ray started with its own environment: another than the driver's where
+        the cluster was there before. It is never sent.
+        """
+        if self._judge is None:
+            self._judge = LLMJudge(self._config)
+        try:
+            self._judge.open()
+        except JudgeError as error:
+            return f"{error} (Ray node {ray.util.get_node_ip_address()})"
+        return None
 
     async def metrics(self) -> dict[str, float]:
         return {} if self._judge is None else self._judge.metrics()
@@ -189,12 +199,13 @@ class RewardHub:
         self._pids[pid] = len(self._pids)
         return _RayWorker(actor)
 
-    async def start(self) -> list[int]:
-        """Start the workers; their process ids."""
-        if self._spec["judge"] is not None:
-            self._judge_for(self._spec["judge"]).warm_up.remote()
-        await self._dispatcher.start()
-        return list(self._pids)
+    async def start(self) -> tuple[list[int], str | None]:
+        """Start the workers; their process ids, and why the judge cannot be asked, if so."""
+        if self._spec["judge"] is None:
+            await self._dispatcher.start()
+            return list(self._pids), None
+        _, problem = await asyncio.gather(self._dispatcher.start(), self._judge_for(self._spec["judge"]).ready.remote())
+        return list(self._pids), problem
 
     async def judge_for(self, config: JudgeConfig) -> Any:
         """The handle of the one judge of that config."""
@@ -246,9 +257,14 @@ class RewardPool:
         self._started = self._hub.start.remote()
 
     def ready(self, timeout: float) -> list[int]:
-        """Wait until all workers run; their process ids."""
-        pids: list[int] = ray.get(self._started, timeout=timeout)
-        return pids
+        """Wait until all workers run and the judge has its key; the workers' process ids.
+
+        Raises UserError naming variable and node where the judge's process finds no key.
+        """
+        pids, problem = ray.get(self._started, timeout=timeout)
+        if problem is not None:
+            raise UserError(f"reward.judge: {problem}")
+        return list(pids)
 
     def open(self, prompts: Sequence[Prompt]) -> AnswerSink:
         """Begin a batch: answers to these prompts, numbered from 0, may now be sent."""

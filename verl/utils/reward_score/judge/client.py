@@ -14,6 +14,7 @@ import email.utils
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,11 +104,15 @@ class ChatClient:
         if not key:
             raise JudgeError(
                 FailureKind.AUTH,
-                f"the environment variable {name} (judge.api_key_env) is not set: export the judge's key, or set "
-                "judge.api_key_env=null for a server without keys",
+                f"the environment variable {name} (judge.api_key_env) is not set on {socket.gethostname()}: export the "
+                "judge's key there, before `ray start` if RAY_ADDRESS names the cluster, or set judge.api_key_env=null "
+                "for a server without keys",
             )
         if not (key.isascii() and key.isprintable()):
-            raise JudgeError(FailureKind.AUTH, f"the key in {name} holds characters that no key has: export it again")
+            raise JudgeError(
+                FailureKind.AUTH,
+                f"the key in {name} on {socket.gethostname()} holds characters that no key has: export it again",
+            )
         return key
 
     def _status_error(self, error: openai.APIStatusError) -> JudgeError:

@@ -17,7 +17,6 @@ Invariants
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 from collections import Counter
@@ -115,9 +114,8 @@ class LLMJudge:
         self._worked = False
 
     def open(self) -> None:
-        """Import the client's library and read the key; a missing key fails the first answer, not this."""
-        with contextlib.suppress(JudgeError):
-            self._client.open()
+        """Import the client's library and read the key. Raises JudgeError (auth) for a missing or broken key."""
+        self._client.open()
 
     async def judge(self, request: JudgeRequest) -> Verdict:
         """The verdict, from the cache where it is known. Raises JudgeError."""
