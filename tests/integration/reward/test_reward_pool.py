@@ -19,7 +19,7 @@ from judge_server import JudgeServer, Seen, error, good
 from verl.protocol import Prompt, Score
 from verl.single_controller.group import UserError
 from verl.utils.reward_score.custom import CustomFunction
-from verl.workers.reward_manager import RewardFailureRateError, RewardItem, RewardManager
+from verl.workers.reward_manager import RewardFailureRateError, RewardItem, RewardManager, reward_metrics
 from verl.workers.reward_manager.dispatch import Answer
 from verl.workers.reward_manager.pool import RewardPool, dispatch_plan
 
@@ -207,6 +207,50 @@ def test_waiting_parts_of_a_user_stand_beside_the_judge_in_their_order_and_withi
         assert list(scores[0].parts) == ["format", "label", "gate", "soft", "slow"]
         asked = [word for word in words if any(f'"extension": "{word}"' in said_to(seen) for seen in server.seen)]
     assert asked == ["plain plan", "plain but slow", "plain again"], "the judge is asked only behind the gate"
+
+
+HOLDING = """
+import re
+
+def compute_score(solution_str):
+    if "regex" in solution_str:
+        re.match(r"(a+)+$", "a" * 40 + "b")             # never lets go of the interpreter
+    while "spin" in solution_str:                       # lets go now and then, and never ends
+        pass
+    return 1.0
+"""
+
+
+def test_a_plain_part_that_holds_the_interpreter_beside_a_judge_fails_its_own_answer_within_the_limit(
+    tmp_path: Path,
+) -> None:
+    parts = {"holding": custom_part(tmp_path, "holding", HOLDING, weight=0.125, when="label")}
+    words = [f"plan {i}" for i in range(12)]
+    words[2], words[7], words[9] = "regex", "regex again", "spin"
+    items = [
+        RewardItem(prompt(i, "Myopathy", "emg_dataset"), ANSWER.format("Myopathy", w)) for i, w in enumerate(words)
+    ]
+    with JudgeServer() as server:
+        server.plan = lambda _: good(0.5, delay_s=0.2)
+        manager = RewardManager(max_failure_rate=0.5, judge=judge_options(server), parts=parts, timeout_s=1.5)
+        with pool_of(manager, "emg_dataset", "Myopathy") as pool:
+            begin = time.perf_counter()
+            sink = pool.open([item.prompt for item in items])
+            sink.send([Answer(i, 0, item.text, 9) for i, item in enumerate(items)])
+            scores, metrics = pool.collect(sink, [1] * len(items))
+            assert time.perf_counter() - begin < 60
+        asked = [said_to(seen) for seen in server.seen]
+    held = {2: "timeout", 7: "timeout", 9: "timeout"}
+    assert outcomes(scores) == [held.get(i, 1.375) for i in range(len(words))]
+    assert all("held its process for more than 1.5 s" in str(scores[i].reason) for i in (2, 7))
+    assert "holding.py:compute_score took more than 1.5 s" in str(scores[9].reason)
+    counted = reward_metrics(["emg_dataset"] * len(scores), scores)
+    assert counted["reward/failed/timeout"] == counted["reward/failed/count"] == 3
+    assert metrics["reward/pool/workers_replaced"] >= 2
+    assert not any(name.startswith("judge/failed") for name in metrics)
+    assert len({line for text in asked for line in text.splitlines() if '"extension"' in line}) == len(asked), (
+        "what was scored again is not asked for again"
+    )
 
 
 def said_to(seen: Seen) -> str:

@@ -28,7 +28,10 @@ def prompts(count: int) -> list[Prompt]:
 
 
 class Worker:
-    """Scores an answer by the number in its text; `hang` and `die` do what they say."""
+    """Scores an answer by the number in its text; `hang`, `die` and `block` (the whole worker) do what they say.
+
+    `leave` gets a score and leaves a call behind that goes on.
+    """
 
     made: list[Worker]
 
@@ -36,24 +39,35 @@ class Worker:
         self.second_s = second_s
         self.dead = asyncio.Event()
         self.batches: list[int] = []
+        self.blocked = self.worn = False
 
     async def score(self, items: Sequence[RewardItem]) -> Scored:
         if self.dead.is_set():
             raise WorkerLostError("killed")
         self.batches.append(len(items))
+        self.blocked |= any(item.text == "block" for item in items)
         if any(item.text == "die" for item in items):
             self.dead.set()
             raise WorkerLostError("exit code 3")
-        pause = 60.0 if any(item.text == "hang" for item in items) else self.second_s * len(items)
+        pause = 60.0 if self.blocked or any(item.text == "hang" for item in items) else self.second_s * len(items)
         waits = asyncio.create_task(asyncio.sleep(pause)), asyncio.create_task(self.dead.wait())
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
         if self.dead.is_set():
             raise WorkerLostError("killed")
+        self.worn |= any(item.text == "leave" for item in items)
         notes = ["traceback"] if any(item.text == "bad" for item in items) else []
-        scores = [Score.failed("bad") if i.text == "bad" else Score.ok(float(i.text)) for i in items]
+        failing = {"bad": "bad", "leave": "timeout: too long"}
+        scores = [Score.failed(failing[i.text]) if i.text in failing else Score.ok(float(i.text)) for i in items]
         return Scored(scores, pause, notes)
+
+    async def beat(self) -> bool:
+        if self.blocked:
+            await self.dead.wait()
+        if self.dead.is_set():
+            raise WorkerLostError("killed")
+        return self.worn
 
     def kill(self) -> None:
         self.dead.set()
@@ -66,6 +80,7 @@ def run(
     workers: int = 2,
     waiting: bool = False,
     limit_s: float | None = 0.3,
+    silent_s: float | None = None,
     second_s: float = 0.0001,
 ) -> tuple[list[Score], Collected, list[Worker]]:
     """Submit all answers in a shuffled order; the scores in theirs."""
@@ -78,7 +93,7 @@ def run(
             made.append(Worker(second_s))
             return made[-1]
 
-        pool = Dispatcher(spawn, DispatchPlan(workers=workers, waiting=waiting, limit_s=limit_s))
+        pool = Dispatcher(spawn, DispatchPlan(workers=workers, waiting=waiting, limit_s=limit_s, silent_s=silent_s))
         ticket = pool.open(prompts(len(texts)))
         answers = [Answer(i, k, text, 1) for i, group in enumerate(texts) for k, text in enumerate(group)]
         if order is not None:
@@ -118,6 +133,34 @@ def test_an_answer_that_takes_its_worker_down_fails_alone(text: str, waiting: bo
     kind = "timeout" if text == "hang" else "exception"
     assert all(str(scores[i].reason).startswith(kind) for i in bad)
     assert found.metrics["reward/pool/workers_replaced"] >= 2
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_answer_that_makes_its_worker_stand_still_fails_alone_long_before_what_answers_may_wait(
+    workers: int,
+) -> None:
+    texts = [list(group) for group in NUMBERS]
+    texts[4][2] = texts[17][0] = "block"
+    begin = time.perf_counter()
+    scores, found, _ = run(texts, order=1, waiting=True, workers=workers, limit_s=60.0, silent_s=0.3, second_s=0.001)
+    assert time.perf_counter() - begin < 15
+    bad = [i for i, s in enumerate(scores) if not s.is_ok]
+    assert bad == [4 * 5 + 2, 17 * 5]
+    assert {scores[i].reason for i in bad} == {"timeout: the reward function held its process for more than 0.3 s"}
+    assert found.metrics["reward/pool/workers_replaced"] >= 2
+
+
+def test_slow_answers_of_a_worker_that_beats_are_left_in_peace() -> None:
+    scores, found, _ = run([["1"] * 4], waiting=True, workers=1, limit_s=60.0, silent_s=0.1, second_s=0.3)
+    assert all(s.is_ok for s in scores) and found.metrics["reward/pool/workers_replaced"] == 0
+
+
+def test_a_worker_with_a_call_left_behind_finishes_what_it_has_and_is_replaced() -> None:
+    texts = [["leave"], *([["1"] * 40] * 5)]
+    scores, found, made = run(texts, waiting=True, workers=1, limit_s=60.0, silent_s=0.04, second_s=0.05)
+    assert [s.is_ok for s in scores] == [False] + [True] * 200
+    assert found.metrics["reward/pool/workers_replaced"] == 1 and len(made) == 2
+    assert made[0].dead.is_set() and made[1].batches
 
 
 def test_a_traceback_is_reported_once() -> None:

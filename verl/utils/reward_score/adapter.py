@@ -259,8 +259,22 @@ async def _in_daemon_thread(call: Callable[[], Any]) -> Any:
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, value, caught)
 
-    threading.Thread(target=work, name="reward-call", daemon=True).start()
-    return await future
+    thread = threading.Thread(target=work, name="reward-call", daemon=True)
+    thread.start()
+    try:
+        return await future
+    except asyncio.CancelledError:
+        _left_behind.add(thread)
+        raise
+
+
+_left_behind: set[threading.Thread] = set()
+
+
+def calls_left_behind() -> int:
+    """Plain calls of this process that outlived their time limit and still run."""
+    _left_behind.difference_update([thread for thread in _left_behind if not thread.is_alive()])
+    return len(_left_behind)
 
 
 def _wrapped(error: BaseException) -> RuntimeError:

@@ -5,6 +5,9 @@ Invariants
 - An answer that hangs or kills its worker fails alone: what shared the worker with it is scored again, one at a time,
   and only an answer that was alone when its worker was lost is failed.
 - The clock of an answer starts when a worker that is ready takes it, not when it was submitted.
+- A worker that waits for many answers at once and stands still for `silent_s` is lost, however long they may wait: a
+  call in it blocks its event loop or holds the interpreter. One that carries calls which outlived their limit is
+  replaced as soon as it is idle, and takes nothing until then.
 - A traceback is reported once, however many workers saw it.
 """
 
@@ -59,6 +62,13 @@ class ScoringWorker(Protocol):
         """Raises WorkerLostError when the process died."""
         ...
 
+    async def beat(self) -> bool:
+        """Returns as soon as its event loop turns: whether calls that outlived their limit still run in it.
+
+        Asked only where the plan has `silent_s`. Raises WorkerLostError when the process died.
+        """
+        ...
+
     def kill(self) -> None:
         """End the process now, whatever it does."""
         ...
@@ -72,6 +82,8 @@ class DispatchPlan:
     waiting: bool
     """Calls wait for something else, so a worker takes many at once; otherwise one call after the other."""
     limit_s: float | None
+    silent_s: float | None = None
+    """How long a waiting worker may stand still; None: nobody asks."""
     reason: str = "the reward function"
     in_flight: int = 64
     """Answers that one worker may wait for at once."""
@@ -98,6 +110,10 @@ class _Slot:
     worker: ScoringWorker | None = None
     load: int = 0
     alone: bool = False
+    silent: bool = False
+    """Killed because it stood still."""
+    worn: bool = False
+    """To be replaced once it is idle."""
 
 
 @dataclass
@@ -198,8 +214,36 @@ class Dispatcher:
         task.add_done_callback(self._tasks.discard)
 
     async def _fill(self, slot: _Slot) -> None:
-        slot.worker = await self._spawn()
+        slot.worker = worker = await self._spawn()
+        if self._plan.silent_s is not None:
+            self._task(self._listen(slot, worker, self._plan.silent_s))
         self._pump()
+
+    async def _listen(self, slot: _Slot, worker: ScoringWorker, limit_s: float) -> None:
+        """Replace the worker where it stands still or is worn."""
+        while slot.worker is worker:
+            try:
+                async with asyncio.timeout(limit_s):
+                    worn = await worker.beat()
+            except (TimeoutError, WorkerLostError) as error:
+                if slot.worker is worker and slot.load:
+                    slot.silent = isinstance(error, TimeoutError)
+                    worker.kill()  # ends its calls, and `_lost` learns which answers it had
+                elif slot.worker is worker:
+                    self._replace(slot, worker)
+                return
+            if slot.worker is worker:
+                slot.worn = worn
+                if worn and slot.load == 0:
+                    self._replace(slot, worker)
+            await asyncio.sleep(limit_s / 4)
+
+    def _replace(self, slot: _Slot, worker: ScoringWorker) -> None:
+        worker.kill()
+        slot.worker, slot.silent, slot.worn = None, False, False
+        for ticket in self._tickets.values():
+            ticket.replaced += 1
+        self._task(self._fill(slot))
 
     def _pump(self) -> None:
         """Give every worker with room its next chunk."""
@@ -210,7 +254,7 @@ class Dispatcher:
                 self._task(self._run(slot, slot.worker, jobs))
 
     def _take(self, slot: _Slot) -> list[_Job]:
-        if slot.alone:
+        if slot.alone or slot.worn:
             return []
         if self._suspects and slot.load == 0:
             slot.alone = True
@@ -240,20 +284,21 @@ class Dispatcher:
         self._pump()
 
     def _lost(self, slot: _Slot, worker: ScoringWorker, jobs: list[_Job], error: Exception) -> None:
-        alone = slot.worker is worker and slot.load == 1
+        alone, silent = slot.worker is worker and slot.load == 1, slot.silent
         if slot.worker is worker:
-            worker.kill()
-            slot.worker = None
-            self._tickets[jobs[0].ticket].replaced += 1
-            self._task(self._fill(slot))
+            self._replace(slot, worker)
         self._release(slot, jobs)
         if alone:
-            self._settle(jobs[0], self._failure(error))
+            self._settle(jobs[0], self._failure(error, silent))
         else:
             self._suspects.extend(jobs)
         self._pump()
 
-    def _failure(self, error: Exception) -> Score:
+    def _failure(self, error: Exception, silent: bool) -> Score:
+        if silent:
+            return failed(
+                FailureKind.TIMEOUT, f"{self._plan.reason} held its process for more than {self._plan.silent_s:g} s"
+            )
         if isinstance(error, TimeoutError):
             return failed(FailureKind.TIMEOUT, f"{self._plan.reason} took more than {self._plan.limit_s:g} s")
         return failed(FailureKind.EXCEPTION, f"the process that ran {self._plan.reason} died: {error}")
@@ -261,6 +306,8 @@ class Dispatcher:
     def _release(self, slot: _Slot, jobs: Sequence[_Job]) -> None:
         slot.load -= len(jobs)
         slot.alone = False if slot.load == 0 else slot.alone
+        if slot.worker is not None and slot.worn and slot.load == 0:
+            self._replace(slot, slot.worker)
         self._watch_clock()
 
     def _settle(self, job: _Job, score: Score | PackedScore) -> None:

@@ -6,7 +6,9 @@ answers straight to the hub.
 
 Invariants
 - The scores are those of the same `RewardManager` in one process.
-- A plain function runs in its worker's main thread; a call above the time limit ends with its process.
+- A plain function runs in its worker's main thread; a call above the time limit ends with its process. Beside a judge
+  or a coroutine it runs in a thread of a worker that waits for many answers: a call that makes that worker stand still
+  for the time limit ends with its process too, and a thread that outlives its limit with the next idle moment.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl.protocol import Prompt, Score
 from verl.single_controller.group import UserError
+from verl.utils.reward_score.adapter import calls_left_behind
 from verl.utils.reward_score.judge import JudgeConfig, JudgeError, JudgeRequest, LLMJudge, Verdict
 from verl.utils.reward_score.judge.shared import use_judges
 from verl.utils.reward_score.returns import FailureKind
@@ -46,7 +49,7 @@ log = logging.getLogger(__name__)
 
 _SAY_EVERY = 30.0
 _GRACE_S = 5.0
-"""How much longer than its own limit a coroutine may be silent: then it blocks its event loop."""
+"""How much longer than the limits of its calls a worker may take for an answer."""
 _SENT_TOGETHER = 2000
 _NO_TOKENS = np.zeros(0, np.int32)
 _IN_FLIGHT = 256
@@ -101,6 +104,10 @@ class AsyncWorker(_Worker):
 
     async def ready(self) -> int:  # type: ignore[override]
         return os.getpid()
+
+    async def beat(self) -> bool:
+        """Whether plain calls that outlived their limit still run here."""
+        return calls_left_behind() > 0
 
     async def score(self, sent: Sequence[_Sent]) -> Scored:
         begin = time.perf_counter()
@@ -173,6 +180,12 @@ class _RayWorker:
         except RayActorError as error:
             raise WorkerLostError(str(error).splitlines()[0]) from None
         return found
+
+    async def beat(self) -> bool:
+        try:
+            return bool(await self._actor.beat.remote())
+        except RayActorError as error:
+            raise WorkerLostError(str(error).splitlines()[0]) from None
 
     def kill(self) -> None:
         ray.kill(self._actor, no_restart=True)
@@ -319,14 +332,20 @@ class RewardPool:
 def dispatch_plan(manager: RewardManager, workers: int) -> DispatchPlan:
     """How to score what that manager scores."""
     limit, in_flight = manager.timeout_s if manager.runs_user_code else None, _IN_FLIGHT
+    silent = limit if manager.is_async else None
     if manager.is_async:
-        # Judge and coroutines keep their own limits; this one is for a call that blocks the worker's event loop.
+        # Judge and coroutines keep their own limits, and `silent` finds a call that blocks the worker's event loop.
+        # `limit` is for a worker that answers, but never with a score.
         judge = manager.judge if manager.asks_judge else None
         if judge is not None:
             in_flight = _IN_FLIGHT_PER_SLOT * judge.max_concurrent
         limit = (limit or 0.0) + (2 * judge.queue_timeout_s + judge.timeout_s if judge else 0.0) + _GRACE_S
     return DispatchPlan(
-        workers=workers, waiting=manager.is_async, limit_s=limit, in_flight=math.ceil(in_flight / workers)
+        workers=workers,
+        waiting=manager.is_async,
+        limit_s=limit,
+        silent_s=silent,
+        in_flight=math.ceil(in_flight / workers),
     )
 
 
