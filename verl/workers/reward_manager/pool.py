@@ -132,16 +132,17 @@ class JudgeActor:
             return error.kind.value, str(error)
 
     async def ready(self) -> str | None:
-        """Import the client and read the key now, not while the first answers wait; what is wrong with the key.
+        """Import the client and read the key now, not while the first answers wait; what is wrong with it, or with
+        the cache file.
 
         The key is that of this process, which Ray started with its own environment: another than the driver's where
         the cluster was there before. It is never sent.
         """
-        if self._judge is None:
-            self._judge = LLMJudge(self._config)
         try:
+            if self._judge is None:
+                self._judge = LLMJudge(self._config)
             self._judge.open()
-        except JudgeError as error:
+        except (JudgeError, ValueError) as error:
             return f"{error} (Ray node {ray.util.get_node_ip_address()})"
         return None
 
