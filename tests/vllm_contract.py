@@ -148,6 +148,11 @@ class EngineContract:
             assert response.token_ids.tolist() == answers[prompt][answer].token_ids.tolist()
         assert reports[0][3] > 0, "the first report came when all answers had ended"
 
+    def test_no_image_is_kept_once_its_answers_have_ended(self, host: Host, prompts: list[Prompt]) -> None:
+        for step in range(3):
+            host.generate(prompts, SAMPLING, step)
+            assert host.patches_held() == 0, f"after step {step}"
+
     def test_no_prompts_give_no_answers(self, host: Host) -> None:
         assert host.generate([], SAMPLING, 0) == ([], [])
 

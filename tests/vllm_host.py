@@ -5,6 +5,7 @@ The process alone has the folder of vLLM for CPU on its path, so that nothing of
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -101,6 +102,15 @@ class _Hosted:
                 tensor.fill_(torch.nan)
         if whole:
             self.engine.end_update()
+
+    def patches_held(self) -> int:
+        """Tensors of patches that this process keeps in host memory beside its cache of patches."""
+        self.engine.drop_caches()
+        gc.collect()
+        width, cached = self.engine.patches.dim, {id(x) for x in self.engine.patches._cache.values()}
+        # Fake ones are those of compiled code and hold nothing; their sizes may be symbols.
+        plain = (o for o in gc.get_objects() if type(o) is torch.Tensor and o.dim() == 2 and o.device.type == "cpu")
+        return sum(o.shape[1] == width and id(o) not in cached for o in plain)
 
     def finish_update(self) -> None:
         self.engine.end_update()

@@ -24,7 +24,7 @@ _BANNED_LOGIT = -1e9
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
+    """silu(gate) * up, all (rows, F)."""
     return F.silu(gate) * up
 
 
@@ -34,7 +34,7 @@ def gated_silu_grads(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """x cos + rotate_half(x) sin in the precision of the angles, for x (.., d) and angles that broadcast to it; the
+    """x cos + rotate_half(x) sin in the precision of the angles, for x (rows, heads, d) and angles (rows, 1, d); the
     sine with its first half negated (`layers.signed`)."""
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * signed_sin).to(x.dtype)
 
@@ -113,13 +113,17 @@ COMPILED_ROWS = 4096
 def compiled_kernels() -> Kernels:
     """Every function through torch.compile, once a process; shapes are symbols, so one compilation serves all batches.
 
+    torch compiles anew for each precision, memory layout and dimension of 1, and whether a gradient is wanted: hand in
+    detached tensors of the shapes that the functions state. After eight versions it warns and runs the function as it
+    is.
+
     Raises ValueError where no kernel can be made: without CUDA, or without a C compiler.
     """
     key = "fsdp_config.use_torch_compile=True"
     if not torch.cuda.is_available():
         raise ValueError(f"{key} needs a CUDA device: set it to False")
     made = {
-        field.name: torch.compile(getattr(EAGER, field.name), dynamic=True, fullgraph=True)
+        field.name: torch.compile(getattr(EAGER, field.name), dynamic=True)
         for field in fields(Kernels)
         if field.name != "rows"
     }

@@ -26,17 +26,18 @@ class _GatedSilu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.kernels = kernels
-        return kernels.gated_silu(gate, up)
+        return kernels.gated_silu(gate.detach(), up.detach())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return (*ctx.kernels.gated_silu_grads(grad, *ctx.saved_tensors), None)
+        gate, up = ctx.saved_tensors
+        return (*ctx.kernels.gated_silu_grads(grad, gate.detach(), up.detach()), None)
 
 
 def gated_silu(gate: Tensor, up: Tensor, kernels: Kernels = EAGER) -> Tensor:
-    """silu(gate) * up, all of one shape."""
-    return _GatedSilu.apply(gate, up, kernels)
+    """silu(gate) * up, all of one shape (.., F)."""
+    return _GatedSilu.apply(gate.flatten(0, -2), up.flatten(0, -2), kernels).view(gate.shape)
 
 
 class _Rotate(torch.autograd.Function):
@@ -46,7 +47,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, signed_sin: Tensor, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(cos, signed_sin)
         ctx.kernels = kernels
-        return kernels.rotate(x, cos, signed_sin)
+        return kernels.rotate(x.detach(), cos, signed_sin)
 
     @staticmethod
     @once_differentiable
@@ -55,7 +56,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor, kernels: Kernels = EAGER) -> Tensor:
-    """Rotary embedding of x (.., d) by angles that broadcast to it, in their precision. See `signed` for the sine."""
+    """Rotary embedding of x (rows, heads, d) by angles (rows, 1, d), in their precision. See `signed` for the sine."""
     return _Rotate.apply(x, cos, signed_sin, kernels)
 
 
@@ -99,10 +100,10 @@ class PackedAttention(qwen.Qwen2_5_VLAttention):
         assert plan is not None, f"{type(self).__name__} was called without an attention plan"
         assert position_embeddings is not None and past_key_values is None
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (project(hidden_states).view(heads).transpose(1, 2) for project in projections)
-        angles = [x[:, None] for x in position_embeddings]
-        q, k = rotate(q, *angles, self.kernels), rotate(k, *angles, self.kernels)
+        angles = [x.flatten(0, 1)[:, None] for x in position_embeddings]
+        q, k, v = (project(hidden_states).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = (rotate(x.flatten(0, 1), *angles, self.kernels).view(x.shape) for x in (q, k))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = plan.attend(self.layer_idx, q, k, v, self.scaling)
         return self.o_proj(out.reshape(hidden_states.shape)), None
 
@@ -122,10 +123,11 @@ class SegmentAttention(qwen.Qwen2_5_VLVisionAttention):
     ) -> Tensor:
         assert position_embeddings is not None
         assert max_seqlen is not None or cu_seqlens.device.type == "cpu", "the plan must state its longest segment"
-        qkv = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
-        angles = [x[:, None, None].float() for x in position_embeddings]
-        rotated = rotate(qkv[:, :2], *angles, self.kernels)
-        q, k, v = (x.transpose(0, 1)[None] for x in (rotated[:, 0], rotated[:, 1], qkv[:, 2]))
+        qkv = self.qkv(hidden_states).view(len(hidden_states), 3 * self.num_heads, -1)
+        angles = [x[:, None].float() for x in position_embeddings]
+        qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=1)
+        q, k = rotate(qk, *angles, self.kernels).chunk(2, dim=1)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = segment_attention(q, k, v, cu_seqlens, max_seqlen or 0, self.scaling)
         return self.proj(out.reshape(hidden_states.shape))
 

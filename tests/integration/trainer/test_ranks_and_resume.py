@@ -84,14 +84,17 @@ def test_a_run_without_ray_gives_the_numbers_of_a_run_with_it(long_run: Run, lon
 def test_the_micro_batch_size_changes_no_answer_and_no_metric(
     work: Path, data: Data, start: Path, long_run_here: Run
 ) -> None:
-    """Invariant 2 for the whole loop; the smallest budget cuts every group into single answers."""
+    """Invariant 2 for the whole loop; the smallest budget cuts every group into single answers.
+
+    One step, of two optimizer steps. Sums in another order differ in the last digit, AdamW takes first the signs
+    of the gradients, and a draw of the next step may lie between the two: its answers are no invariant.
+    """
     folder = work / "small_micro_batches"
     sizes = [f"actor_rollout_ref.{node}micro_batch_size_per_gpu=1" for node in ("actor.ppo_", "rollout.log_prob_")]
     sizes += ["actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=1", "actor_rollout_ref.rollout.hf_batch_size=4"]
-    run = rl_here(rl_overrides(data, start, folder, *LONG_RUN, *sizes, *stop_after(2)), folder).ok()
-    for step in (1, 2):
-        assert run.answers(step) == long_run_here.answers(step), f"step {step}"
-        assert differences(spreadless(run.steps[step]), spreadless(long_run_here.steps[step]), 1e-4) == []
+    run = rl_here(rl_overrides(data, start, folder, *LONG_RUN, *sizes, *stop_after(1)), folder).ok()
+    assert run.answers(1) == long_run_here.answers(1)
+    assert differences(spreadless(run.steps[1]), without_saves(long_run_here.steps[1]), 1e-4) == []
 
 
 def test_another_seed_gives_other_answers_and_other_rows(

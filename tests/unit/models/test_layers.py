@@ -47,8 +47,8 @@ def test_every_layer_of_a_policy_that_has_a_replacement_is_replaced(shared_polic
 
 def test_the_rotation_is_the_librarys_and_its_gradient_is_right() -> None:
     generator = torch.Generator().manual_seed(0)
-    x, angles = (torch.randn(3, 5, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    angles = torch.cat([angles[..., :4]] * 2, dim=-1)
+    x = torch.randn(3, 5, 8, generator=generator, dtype=torch.float64)
+    angles = torch.cat([torch.randn(3, 1, 4, generator=generator, dtype=torch.float64)] * 2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     torch.testing.assert_close(rotate(x, cos, signed(sin)), x * cos + qwen.rotate_half(x) * sin)
     assert torch.autograd.gradcheck(lambda y: rotate(y, cos, signed(sin)), x.requires_grad_())

@@ -188,10 +188,11 @@ class VLLMEngine(RolloutEngine):
         self.drop_caches()
 
     def drop_caches(self) -> None:
-        """Forget what was computed for earlier prompts."""
-        # With asynchronous scheduling a step of answers that have ended may still be under way.
+        """Forget what was computed for earlier prompts, and the prompts with their images."""
+        # A step of answers that have ended may still be under way (asynchronous scheduling), and the model runner hears
+        # only in the next step which ones have ended: until then it keeps their patches.
         core = self.engine.engine_core.engine_core
-        while core.batch_queue:
+        while core.batch_queue or core.scheduler.has_requests():
             self.engine.step()
         assert self.engine.reset_prefix_cache(), "weights were changed while answers are written"
         self.engine.reset_mm_cache()
