@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import random
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -61,3 +64,35 @@ def test_the_port_of_the_rendezvous_is_taken_from_the_moment_it_is_named() -> No
         assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
     finally:
         dist.destroy_process_group()
+
+
+_CHURN = """
+import sys
+import torch
+from verl.workers.runtime import give_back_large_blocks
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+
+if sys.argv[1] == "called":
+    give_back_large_blocks()
+block = torch.ones(800_000)  # 3 MB; freed, it moves glibc's limit above it
+del block
+before, small = resident(), []
+large = []
+for _ in range(64):
+    large.append(torch.ones(800_000))
+    small.append([bytearray(400) for _ in range(50)])  # these live on between the large ones
+large.clear()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="states how glibc keeps memory")
+def test_freed_large_blocks_leave_the_process_though_small_ones_lie_between() -> None:
+    def kept(how: str) -> int:
+        command = [sys.executable, "-c", _CHURN, how]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    assert kept("left") > 100, "glibc returned the blocks by itself: the call is not needed any more"
+    assert kept("called") < 20

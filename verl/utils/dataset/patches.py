@@ -35,7 +35,10 @@ class StoredPatches:
         self._held = 0
 
     def __call__(self, keys: Sequence[str]) -> Tensor | None:
-        return torch.cat([self._one(key) for key in keys]) if keys else None
+        found = [self._one(key) for key in keys]
+        if len(found) == 1:
+            return found[0]  # the cached tensor itself: nobody writes to patches
+        return torch.cat(found) if found else None
 
     def _one(self, key: str) -> Tensor:
         if key in self._cache:

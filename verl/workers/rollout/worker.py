@@ -30,7 +30,14 @@ from verl.workers.rollout.forward import Forwarder, Sink
 from verl.workers.rollout.hf import HFEngine
 from verl.workers.rollout.vllm_engine import VLLMEngine, model_facts
 from verl.workers.rollout.vllm_plan import engine_arguments
-from verl.workers.runtime import compute_dtype, import_external, memory_metrics, release_rendezvous, resolve_device
+from verl.workers.runtime import (
+    compute_dtype,
+    give_back_large_blocks,
+    import_external,
+    memory_metrics,
+    release_rendezvous,
+    resolve_device,
+)
 from verl.workers.weight_sync.receiver import WeightReceiver
 
 
@@ -87,6 +94,8 @@ class RolloutWorker:
 
     def __init__(self, config: PPOConfig, stores: Sequence[Path], place: Place, waits_for_weights: bool) -> None:
         self.device = resolve_device(config.trainer.device)
+        if self.device == "cuda":
+            give_back_large_blocks()
         self.engine, self.tokenizer = build_engine(config, stores, place, waits_for_weights=waits_for_weights)
         model = config.actor_rollout_ref.model
         folder, self.overrides = check_model_folder(model.path), model.override_config
