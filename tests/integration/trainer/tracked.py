@@ -21,7 +21,7 @@ def expanded(name: str, **known: str) -> list[str]:
 
 
 def _wandb_records(path: Path) -> Iterator[bytes]:
-    """Records of a `.wandb` file: LevelDB's log format behind a header of 7 bytes; wandb 0.31 has no reader in python."""
+    """Records of a `.wandb` file: LevelDB's log format behind a header of 7 bytes. wandb 0.31 brings no reader."""
     data, whole = path.read_bytes(), b""
     assert data[:4] == b":W&B", f"{path} is no wandb file: {data[:7]!r}"
     at = 7
