@@ -18,9 +18,9 @@ from verl.config.derived import (
     uses_reference,
     world_size,
 )
-from verl.config.nodes import FSDPConfig, RolloutConfig, SamplingConfig, ScoringConfig
+from verl.config.nodes import FSDPConfig, ModelConfig, RolloutConfig, SamplingConfig, ScoringConfig
 from verl.config.ppo import PPOConfig
-from verl.config.sft import SFTConfig, SFTRolloutConfig
+from verl.config.sft import SFTConfig, SFTModelConfig, SFTRolloutConfig
 
 Problems = Iterator[str]
 
@@ -32,7 +32,7 @@ _STEP_FOLDER = re.compile(r"(^|/)global_step_\d+/?$")
 
 def check_ppo(config: PPOConfig) -> list[str]:
     """Every problem of the config, [] when it can run."""
-    rules: list[Callable[[PPOConfig], Problems]] = [_sizes, _placement, _paths, _sampling, _kl, _trainer]
+    rules: list[Callable[[PPOConfig], Problems]] = [_sizes, _placement, _paths, _adapters, _sampling, _kl, _trainer]
     if not config.trainer.val_only:
         rules += [_batches, _micro_batches, _training_sampling, _correction, _losses, _optim]
     return [problem for rule in rules for problem in rule(config)]
@@ -139,6 +139,19 @@ def _files(**splits: Sequence[str]) -> Problems:
             yield f"data.{split}_files is empty; give a parquet file"
         for path in paths:
             yield from _no_hdfs(f"data.{split}_files", path)
+
+
+def _adapters(config: PPOConfig) -> Problems:
+    yield from _lora("actor_rollout_ref.model", config.actor_rollout_ref.model)
+
+
+def _lora(node: str, model: ModelConfig | SFTModelConfig) -> Problems:
+    if model.lora_rank < 0:
+        yield f"{node}.lora_rank={model.lora_rank} must be 0 (no adapters) or at least 1"
+    if model.lora_alpha <= 0:
+        yield f"{node}.lora_alpha={model.lora_alpha} must be greater than 0"
+    if not model.target_modules:
+        yield f"{node}.target_modules is empty; name layers, or all-linear"
 
 
 def _no_hdfs(key: str, path: str) -> Problems:
@@ -365,6 +378,7 @@ def _sft_data(config: SFTConfig) -> Problems:
     )
     yield from _pixels(data.min_pixels, data.max_pixels)
     yield from _files(train=data.train_files, val=data.val_files)
+    yield from _lora("model", config.model)
     yield from _no_hdfs("model.partial_pretrain", config.model.partial_pretrain)
     yield from _no_hdfs("trainer.default_local_dir", config.trainer.default_local_dir)
     if 0 < data.train_batch_size < ranks:

@@ -15,7 +15,7 @@ from typing import Any
 from verl.config.generation import GenerationConfig
 from verl.config.nodes import ActorConfig, ModelConfig, OptimConfig
 from verl.config.ppo import PPOConfig
-from verl.config.sft import SFTConfig
+from verl.config.sft import SFTConfig, SFTModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,11 @@ def sequence_limit(config: PPOConfig) -> int:
 def uses_reference(config: PPOConfig) -> bool:
     """Whether a KL term is on; without one no reference model is built."""
     return config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+
+
+def uses_adapters(model: ModelConfig | SFTModelConfig) -> bool:
+    """Whether adapters (LoRA) are trained in place of the weights."""
+    return model.lora_rank > 0 or model.lora_adapter_path is not None
 
 
 def clip_range(actor: ActorConfig) -> tuple[float, float]:
@@ -154,6 +159,11 @@ def sft_model(config: SFTConfig) -> ModelConfig:
         trust_remote_code=model.trust_remote_code,
         override_config=model.override_config,
         enable_gradient_checkpointing=model.enable_gradient_checkpointing,
+        lora_rank=model.lora_rank,
+        lora_alpha=model.lora_alpha,
+        target_modules=model.target_modules,
+        exclude_modules=model.exclude_modules,
+        lora_adapter_path=model.lora_adapter_path,
         use_liger=False,
         use_remove_padding=True,
     )

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from verl.config.derived import uses_reference
+from verl.config.derived import uses_adapters, uses_reference
 from verl.config.evaluation import EvaluationConfig
-from verl.config.nodes import FSDPConfig
+from verl.config.nodes import FSDPConfig, ModelConfig
 from verl.config.ppo import PPOConfig
-from verl.config.sft import SFTConfig
+from verl.config.sft import SFTConfig, SFTModelConfig
 
 Inert = Iterator[tuple[str, str]]
 """(key, why it has no effect); a key that ends in `.` means everything below it."""
@@ -93,8 +93,19 @@ def _engine(config: PPOConfig) -> Inert:
     if not rollout.val_kwargs.do_sample or rollout.val_kwargs.temperature == 0:
         for name in ("temperature", "top_k", "top_p") if not rollout.val_kwargs.do_sample else ("top_k", "top_p"):
             yield f"{_ROLLOUT}.val_kwargs.{name}", "validation answers are greedy"
+    yield from _adapters("actor_rollout_ref.model", config.actor_rollout_ref.model)
     if not config.actor_rollout_ref.model.use_remove_padding:
         yield "actor_rollout_ref.model.use_remove_padding", "the packed forward is the only one"
+
+
+def _adapters(node: str, model: ModelConfig | SFTModelConfig) -> Inert:
+    shape = ("lora_alpha", "target_modules", "exclude_modules")
+    if model.lora_adapter_path is not None:
+        for name in ("lora_rank", *shape):
+            yield f"{node}.{name}", f"the adapter in {node}.lora_adapter_path decides"
+    elif model.lora_rank == 0:
+        for name in shape:
+            yield f"{node}.{name}", f"{node}.lora_rank=0: there are no adapters"
 
 
 def _kl(config: PPOConfig) -> Inert:
@@ -111,6 +122,8 @@ def _kl(config: PPOConfig) -> Inert:
             yield f"{_ACTOR}.{name}", f"{_ACTOR}.use_kl_loss=False"
     if not uses_reference(config):
         yield f"{_REF}.", "no KL term is on, so no reference model is built"
+    elif uses_adapters(config.actor_rollout_ref.model):
+        yield f"{_REF}.fsdp_config.", "the reference is the actor without its adapters"
     correction = algorithm.rollout_correction
     if correction.rollout_is is None:
         yield "algorithm.rollout_correction.rollout_is_threshold", "algorithm.rollout_correction.rollout_is is null"
@@ -225,6 +238,7 @@ def _advice_ppo(config: PPOConfig) -> Iterator[str]:
 
 def _sft(config: SFTConfig) -> Inert:
     rollout, trainer = config.rollout, config.trainer
+    yield from _adapters("model", config.model)
     if rollout.name != "hf":
         yield "rollout.hf_batch_size", f"rollout.name={rollout.name} does not use it"
     if not rollout.do_sample:

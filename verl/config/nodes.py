@@ -77,6 +77,16 @@ class ModelConfig:
     """Fields of the model's config.json to replace."""
     enable_gradient_checkpointing: Switch
     """Recompute activations in the backward pass; auto: only where memory demands it."""
+    lora_rank: int
+    """Rank of the adapters (LoRA) that are trained in place of the weights; 0: none."""
+    lora_alpha: float
+    """Adapters count alpha / rank times."""
+    target_modules: tuple[str, ...]
+    """Layers with an adapter: all-linear (never the head), ends of layer names, or regular expressions."""
+    exclude_modules: tuple[str, ...] | None
+    """Layers without one, though target_modules names them."""
+    lora_adapter_path: str | None
+    """Start from this folder of peft; it decides rank, alpha and layers. The reference is the base without it."""
     use_liger: bool
     """Liger's Triton kernels for norms and gated activations; needs CUDA and the package liger-kernel."""
     use_remove_padding: bool
@@ -162,6 +172,8 @@ class ActorConfig:
     """Seed of that order; null: trainer.seed."""
     freeze_vision_tower: bool
     """Leave the vision tower's weights as they are."""
+    freeze: tuple[str, ...]
+    """Shell patterns of parameter names that are not trained, e.g. *.layers.0.*; a table at start shows what is."""
     optim: OptimConfig
     fsdp_config: FSDPConfig
 

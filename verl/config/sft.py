@@ -74,8 +74,20 @@ class SFTModelConfig:
     """Fields of the model's config.json to replace."""
     enable_gradient_checkpointing: bool
     """Recompute activations in the backward pass."""
+    lora_rank: int
+    """Rank of the adapters (LoRA) that are trained in place of the weights; 0: none."""
+    lora_alpha: float
+    """Adapters count alpha / rank times."""
+    target_modules: tuple[str, ...]
+    """Layers with an adapter: all-linear (never the head), ends of layer names, or regular expressions."""
+    exclude_modules: tuple[str, ...] | None
+    """Layers without one, though target_modules names them."""
+    lora_adapter_path: str | None
+    """Start from this folder of peft; it decides rank, alpha and layers. The reference is the base without it."""
     freeze_vision_tower: bool
     """Leave the vision tower's weights as they are."""
+    freeze: tuple[str, ...]
+    """Shell patterns of parameter names that are not trained, e.g. *.layers.0.*; a table at start shows what is."""
     fsdp_config: FSDPConfig
 
 

@@ -27,6 +27,7 @@ from verl.models.gather import gather_rows
 from verl.models.kernels import EAGER, Kernels, compiled_kernels
 from verl.models.layers import fuse_layers, use_kernels, use_liger
 from verl.models.log_probs import TokenStats, response_stats
+from verl.models.lora import LoraSpec
 from verl.models.transfer import pinned_to_device, to_device
 from verl.models.vision import vision_plan
 from verl.packing.layout import PackedBatch
@@ -98,6 +99,8 @@ class Policy(nn.Module):
         banned[list(banned_ids)] = True
         self.register_buffer("banned", banned, persistent=False)
         self.kernels = EAGER
+        self.lora: LoraSpec | None = None
+        """What adapters the model has, if any."""
         self.keep_gathered = False
         """Whether sharded weights stay gathered between micro-batches (see `verl.workers.actor.engine.ShardSpec`)."""
 
@@ -291,6 +294,10 @@ def load_policy(
 
 def parameter_shapes(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, tuple[int, ...]]:
     """Hugging Face name -> shape of every weight of the model in a folder, a tied head once. Reads no weights."""
+    return {name: tuple(p.shape) for name, p in empty_model(path, overrides).named_parameters()}
+
+
+def empty_model(path: Path, overrides: Mapping[str, Any] | None = None) -> Qwen2_5_VLForConditionalGeneration:
+    """The model of a folder without weights (meta tensors)."""
     with torch.device("meta"):
-        hf = Qwen2_5_VLForConditionalGeneration(model_config(path, overrides))
-    return {name: tuple(parameter.shape) for name, parameter in hf.named_parameters()}
+        return Qwen2_5_VLForConditionalGeneration(model_config(path, overrides))

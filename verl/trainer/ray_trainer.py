@@ -144,16 +144,18 @@ class Trainer:
             config, self.data.stores, self.plan.optimizer_steps, self.scorer.manager, prompts=self._train_prompts()
         )
         self.scorer.pool = self.workers.rewards
-        print(f"actor: {self.workers.actors.describe()}; rollout: {config.actor_rollout_ref.rollout.name} on "
-              f"{self.workers.device}; weights from {self.weights_from}", flush=True)  # fmt: skip
+        print(f"rollout: {config.actor_rollout_ref.rollout.name} on {self.workers.device}; weights from "
+              f"{self.weights_from}; {self.workers.actors.describe()}", flush=True)  # fmt: skip
         if checkpoint is not None:
             self._resume(checkpoint)
         self._sync()
         if config.actor_rollout_ref.rollout.name != "hf":  # hf runs the actor's own code
             actors, rollouts, device = self.workers.actors, self.workers.rollouts, self.workers.device
             self.canary = Canary(actors, rollouts, self.data.train.prompts, self.sampling, device=device)
-            folder = check_model_folder(config.actor_rollout_ref.model.path)
-            print(self.canary.start(checkpoint.huggingface if checkpoint else folder), flush=True)
+            model = config.actor_rollout_ref.model
+            print(self.canary.start(checkpoint.huggingface if checkpoint else check_model_folder(model.path),
+                                    adapted=checkpoint is None and model.lora_adapter_path is not None),
+                  flush=True)  # fmt: skip
 
     def _train_prompts(self) -> list[Prompt]:
         assert self.data.train is not None

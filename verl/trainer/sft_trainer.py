@@ -24,6 +24,7 @@ from verl.algorithms.aggregation import token_weights
 from verl.config import SFTConfig, load, to_dict, to_yaml
 from verl.config.cli import overrides_from
 from verl.config.derived import sft_model, sft_optim
+from verl.models.freeze import parameter_table
 from verl.models.policy import check_model_folder, load_policy, open_tokenizer, stop_ids
 from verl.packing.balance import PATCH_WEIGHT, plan_mini_batch
 from verl.protocol import Group, Prompt, Response, TrainGroup, TrainSample
@@ -59,7 +60,6 @@ from verl.workers.runtime import (
     import_external,
     memory_metrics,
     node_leader_first,
-    parameter_table,
     resolve_device,
     seed_draws,
     start_process_group_from_env,
@@ -156,6 +156,7 @@ class SFTTrainer:
             device=self.device,
             trained=True,
             freeze_vision=config.model.freeze_vision_tower,
+            frozen=config.model.freeze,
             offload=config.model.fsdp_config.param_offload,
         )
         runner = build_runner(policy, patches, self.device, temperature=1.0)
@@ -307,10 +308,9 @@ class SFTTrainer:
                 total_steps=self.total_steps,
                 resume_step=self.step,
             )
-            parameters = parameter_table(list(self.engine.policy.named_parameters()))
             length = f"{self.steps_per_epoch} steps an epoch, at most {self.total_steps} steps"
             print(f"sft: {len(self.data.train)} rows, {length}, {self.world} rank(s) on {self.device}", flush=True)
-            print(f"sft: {parameters}", flush=True)
+            print(f"sft: {parameter_table(self.engine.policy.hf)}", flush=True)
 
     def _identity(self) -> Identity:
         return run_identity(

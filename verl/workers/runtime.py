@@ -7,7 +7,7 @@ import importlib
 import os
 import random
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -158,10 +158,3 @@ def memory_metrics(device: str) -> dict[str, float]:
         metrics["perf/max_memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 2**30
         metrics["perf/gpu_memory_in_use_gb"] = (total - free) / 2**30
     return metrics
-
-
-def parameter_table(named: Sequence[tuple[str, Any]]) -> str:
-    """One line on how many parameters are trained and how many are frozen."""
-    trained = sum(p.numel() for _, p in named if p.requires_grad)
-    frozen = sum(p.numel() for _, p in named if not p.requires_grad)
-    return f"{trained:,} parameters trained, {frozen:,} frozen"

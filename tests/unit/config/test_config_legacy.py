@@ -49,7 +49,7 @@ def test_every_refused_name_is_an_error_with_its_reason(name: str) -> None:
     wanted = [f"{override}: {rule.reason}" for override, rule in overrides_at(name, Level.ERROR).items()]
     with pytest.raises(ValueError) as error:
         run(name, *overrides_at(name, Level.ERROR))
-    assert str(error.value).splitlines() == wanted and len(wanted) >= 4
+    assert str(error.value).splitlines() == wanted and len(wanted) >= 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,7 +121,8 @@ def test_old_and_new_name_with_different_values_are_an_error_and_with_equal_valu
         ("actor_rollout_ref.rollout.name=sglang", "vllm or hf"),
         ("reward_model.enable=True", "custom_reward_function.path"),
         ("reward_model.reward_manager=mine", "expected one of naive"),
-        ("actor_rollout_ref.model.lora_rank=32", "not implemented yet"),
+        ("actor_rollout_ref.model.use_fused_kernels=True", "not implemented yet"),
+        ("actor_rollout_ref.model.lora_rank=-1", "lora_rank=-1 must be 0 (no adapters) or at least 1"),
         ("trainer.resume_from_path=True", "resume_mode=resume_path"),
         ("actor_rollout_ref.model.path=hdfs://x/y", "copy it to a local folder"),
         ("data.train_files=[hdfs://x/y.parquet]", "HDFS is not supported"),

@@ -80,6 +80,16 @@ def test_parameters_are_those_of_the_published_model_and_of_its_halves() -> None
     assert SIZES.text.kv_bytes == 36_864
 
 
+def test_adapters_cost_their_own_masters_and_averages_and_there_is_no_reference() -> None:
+    count = 60_000_000
+    whole, adapted = (estimate(ctu(adapters=n), Switches()).parts for n in (0, count))
+    total = SIZES.parameters
+    assert adapted["weights"] == 2 * total + 4 * count and whole["weights"] == 4 * total
+    assert adapted["optimizer"] == 8 * count and adapted["gradients"] == 4 * count
+    assert adapted["reference"] == 0 and whole["reference"] == 2 * total
+    assert adapted["activations"] == whole["activations"]
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_counted_as_the_library_makes_them(tiny_folder: Path, tied: bool) -> None:
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration

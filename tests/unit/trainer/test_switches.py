@@ -53,7 +53,7 @@ def config(*overrides: str) -> PPOConfig:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The config.json of the 3B shape in the layout of the published file."""
     path = tmp_path_factory.mktemp("shape")
-    (path / "config.json").write_text(json.dumps(THREE_B))
+    (path / "config.json").write_text(json.dumps(THREE_B | {"model_type": "qwen2_5_vl"}))
     return path
 
 
@@ -74,6 +74,12 @@ def test_the_demand_of_ctu_3b_is_read_from_its_config(folder: Path) -> None:
     assert (demand.reference, demand.engine, demand.sequences, demand.context) == (True, "vllm", 320, 706)
     assert demand.sizes.parameters == 3_754_622_976 and demand.bucket == 512 << 20
     assert demand_of(config(f"{W}.actor.use_kl_loss=False"), folder, PLOT, device=1, patch_weight=0).reference is False
+
+
+def test_the_demand_of_adapters_counts_them(folder: Path) -> None:
+    lora = (f"{W}.model.lora_rank=8", f"{W}.model.target_modules=[q_proj]")
+    assert demand_of(config(*lora), folder, PLOT, device=1, patch_weight=0).adapters == 36 * 8 * (2048 + 2048)
+    assert not decided(folder, *AUTO, *lora).reference_offload
 
 
 def test_auto_keeps_everything_on_the_card_where_it_fits_and_gives_up_the_cheapest_where_not(folder: Path) -> None:

@@ -76,13 +76,13 @@ def resident():
 
 if sys.argv[1] == "called":
     give_back_large_blocks()
-block = torch.ones(800_000)  # 3 MB; freed, it moves glibc's limit above it
+block = torch.ones(4_000_000)  # 16 MB; freed, it moves glibc's limit to its size
 del block
 before, small = resident(), []
 large = []
 for _ in range(64):
-    large.append(torch.ones(800_000))
-    small.append([bytearray(400) for _ in range(50)])  # these live on between the large ones
+    large.append(torch.ones(800_000))  # 3 MB
+    small.append([bytearray(2000) for _ in range(20)])  # these live on, between the large ones (512 bytes: malloc)
 large.clear()
 print(resident() - before)
 """

@@ -34,20 +34,21 @@ class Canary:
         )
         self._yardstick: Apart | None = None
 
-    def start(self, folder: Path) -> str:
-        """The first check, right after the first transfer; `folder` holds the weights as a plain model. Returns what to
-        print. Raises CanaryError."""
+    def start(self, folder: Path, *, adapted: bool = False) -> str:
+        """The first check, right after the first transfer. Returns what to print. Raises CanaryError.
+
+        `folder` holds the weights as a plain model; `adapted` says that the run's adapters are not in them.
+        """
         answers = self._answers()
         engine, actor = answers[0].log_probs, self._actor(answers[0])
         plain = self._plain(folder, answers[0], "fp32")
         if self.device == "cuda":
             rounded = self._plain(folder, answers[0], "bf16")
             self._yardstick = Apart.of(rounded, plain)
-        lines = [
-            f"engine to actor {Apart.of(engine, actor)}",
-            f"engine to plain fp32 {Apart.of(engine, plain)}",
-            f"actor to plain fp32 {Apart.of(actor, plain)}",
-        ]
+        lines = [f"engine to actor {Apart.of(engine, actor)}"]
+        if not adapted:
+            lines.append(f"engine to plain fp32 {Apart.of(engine, plain)}")
+            lines.append(f"actor to plain fp32 {Apart.of(actor, plain)}")
         if self._yardstick is not None:
             lines.append(f"plain bf16 to plain fp32 {self._yardstick}")
         self._judge(answers, "at the start")

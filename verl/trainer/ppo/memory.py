@@ -35,6 +35,8 @@ class Demand:
     shards: int
     """Ranks that share one copy of the trained model."""
     frozen_vision: bool
+    adapters: int = 0
+    """Parameters of adapters; 0: the weights themselves are trained. Weights under adapters are held in `compute`."""
     master: int
     compute: int
     reduce: int
@@ -104,13 +106,15 @@ def estimate(demand: Demand, switches: Switches) -> Estimate:
     """Parts and peaks of a run."""
     d, on = demand, switches
     total = d.sizes.parameters
-    trained = (d.sizes.text.parameters if d.frozen_vision else total) if d.tokens else 0
+    whole = d.sizes.text.parameters if d.frozen_vision else total
+    trained = (d.adapters or whole) if d.tokens else 0
+    held_weights = d.compute * total + d.master * d.adapters if d.adapters else d.master * total
     adam = 2 * d.master * trained / d.shards
     block = 2 * d.compute * d.sizes.text.layer_parameters
     parts: dict[str, float] = {
-        "weights": 0 if on.param_offload else d.master * total / d.shards,
+        "weights": 0 if on.param_offload else held_weights / d.shards,
         "optimizer": 0 if on.optimizer_offload or on.param_offload else adam,
-        "reference": 0 if on.reference_offload or not d.reference else d.compute * total / d.shards,
+        "reference": 0 if on.reference_offload or not d.reference or d.adapters else d.compute * total / d.shards,
         # Reduced once a mini-batch: until then every rank adds up the gradients of the whole model.
         "gradients": max(d.reduce, d.compute) * trained,
         "gathered weights": min(block, d.compute * total) if on.reshard_after_forward else d.compute * total,

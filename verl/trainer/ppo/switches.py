@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from verl.config import PPOConfig, token_budgets, uses_reference
-from verl.config.derived import max_context, world_size
+from verl.config.derived import max_context, uses_adapters, world_size
+from verl.config.nodes import ModelConfig
+from verl.models.lora import adapter_count
+from verl.models.policy import empty_model
 from verl.models.sizes import ModelSizes
 from verl.protocol import Prompt
 from verl.trainer.ppo.memory import KEYS, Demand, MemoryPlan, Switches, plan_memory
+from verl.workers.actor.build import lora_spec
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -59,6 +63,7 @@ def demand_of(config: PPOConfig, folder: Path, prompt: LargestPrompt, *, device:
         sizes=ModelSizes.from_folder(folder, workers.model.override_config),
         shards=world_size(config) if fsdp.fsdp_size == -1 else fsdp.fsdp_size,
         frozen_vision=actor.freeze_vision_tower,
+        adapters=_adapters(workers.model, folder),
         master=_BYTES[fsdp.model_dtype],
         compute=_BYTES[fsdp.mixed_precision.param_dtype],
         reduce=_BYTES[fsdp.mixed_precision.reduce_dtype],
@@ -75,6 +80,12 @@ def demand_of(config: PPOConfig, folder: Path, prompt: LargestPrompt, *, device:
     )
 
 
+def _adapters(model: ModelConfig, folder: Path) -> int:
+    """Parameters of the adapters that are trained; 0 without them."""
+    lora = lora_spec(model)
+    return 0 if lora is None else adapter_count(empty_model(folder, model.override_config), lora)
+
+
 def fixed_switches(config: PPOConfig) -> dict[str, bool]:
     """The switches that the config does not leave to the plan. `free_cache_engine=False` is only a wish."""
     workers = config.actor_rollout_ref
@@ -87,7 +98,7 @@ def fixed_switches(config: PPOConfig) -> dict[str, bool]:
     values["param_offload"] = fsdp.param_offload
     if workers.rollout.name != "vllm" or not workers.hybrid_engine:
         values["sleep"] = False  # nothing to drop, or nobody who wants the room
-    if not uses_reference(config):
+    if not uses_reference(config) or uses_adapters(workers.model):
         values["reference_offload"] = False
     return {name: value for name, value in values.items() if isinstance(value, bool)}
 

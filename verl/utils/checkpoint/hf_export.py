@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from verl.models.lora import adapted_layers, is_adapter, merged
 from verl.utils.checkpoint.sharded import model_state
 from verl.utils.files import fsync_tree, write_json_atomic
 
@@ -58,7 +59,7 @@ def export_huggingface(
     dtype: torch.dtype = torch.bfloat16,
     suppress_tokens: Sequence[int] | None = None,
 ) -> None:
-    """Write config, weights, tokenizer and processor files to `folder`, flushed. Collective over all ranks.
+    """Write config, weights (adapters merged), tokenizer and processor files to `folder`, flushed. Collective.
 
     `model` is the transformers model, sharded by FSDP2 or not; `source` the local folder it came from;
     `suppress_tokens` the ids that the policy may not draw, stored in the generation config.
@@ -67,7 +68,11 @@ def export_huggingface(
     folder, source = Path(folder), Path(source)
     if not (source / "config.json").is_file():
         raise ValueError(f"{source}: no config.json, not a local model folder")
-    weights = gather_full(model_state(model), dtype=dtype)
+    state = model_state(model)
+    weights = gather_full({name: t for name, t in state.items() if not is_adapter(name)}, dtype=dtype)
+    adapters = gather_full({name: t for name, t in state.items() if is_adapter(name)})
+    if adapters:
+        weights = merged(weights, adapters, next(iter(adapted_layers(model).values())).lora_scale)
     if not dist.is_initialized() or dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         copy_model_files(source, folder)

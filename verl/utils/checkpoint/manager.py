@@ -72,6 +72,11 @@ class Checkpoint:
         return self.path / "actor" / "model"
 
     @property
+    def adapter(self) -> Path:
+        """The adapters of a model that has some, as peft's files."""
+        return self.path / "actor" / "lora_adapter"
+
+    @property
     def optimizer(self) -> Path:
         """Sharded optimizer state."""
         return self.path / "actor" / "optim"

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from verl.config.nodes import FSDPConfig, ModelConfig, OptimConfig, Switch
+from verl.models.freeze import freeze
+from verl.models.lora import LoraSpec, add_adapters, is_adapter, load_adapter, read_spec, save_adapter
 from verl.models.policy import Policy, load_policy
-from verl.utils.checkpoint.hf_export import export_huggingface
+from verl.utils.checkpoint.hf_export import export_huggingface, gather_full
 from verl.utils.checkpoint.manager import Checkpoint
 from verl.utils.checkpoint.sharded import load_optimizer, load_sharded, model_state, save_optimizer, save_sharded
 from verl.utils.dataset.patches import PatchSource
+from verl.utils.files import fsync_tree
 from verl.workers.actor.engine import PackedRunner, ShardSpec, TrainEngine, reshard, shard
 from verl.workers.actor.optim import optim_spec
 from verl.workers.actor.receive import reads_from_disk, receive
@@ -28,19 +33,22 @@ def build_policy(
     device: str,
     trained: bool,
     freeze_vision: bool = False,
+    frozen: Sequence[str] = (),
     offload: Switch = False,
 ) -> Policy:
     """The sharded policy of a model folder. Collective: rank 0 reads the folder, the others receive their parts.
 
-    A trained one holds its weights in `fsdp.model_dtype`, a frozen one in the compute precision. `offload` keeps the
-    weights in host memory between uses (CUDA only).
+    Trained weights are held in `fsdp.model_dtype`, those of a frozen model and under adapters in the compute precision.
+    `frozen` names parameters that are not trained by patterns. `offload` keeps the weights in host memory between uses
+    (CUDA only).
     """
+    lora = lora_spec(model) if trained else None
     precision = fsdp.mixed_precision
     param_dtype = compute_dtype(precision.param_dtype, device)
     policy = load_policy(
         folder,
         tokenizer,
-        dtype=compute_dtype(fsdp.model_dtype, device) if trained else param_dtype,
+        dtype=compute_dtype(fsdp.model_dtype, device) if trained and lora is None else param_dtype,
         checkpointing=trained and _decided(model.enable_gradient_checkpointing),
         overrides=model.override_config,
         on_meta=not reads_from_disk(),
@@ -50,13 +58,42 @@ def build_policy(
     buffers = dtype_of(precision.buffer_dtype)
     other = {name: b.dtype for name, b in policy.named_buffers() if b.is_floating_point() and b.dtype != buffers}
     assert not other, f"mixed_precision.buffer_dtype={precision.buffer_dtype}, but these buffers differ: {other}"
-    policy.requires_grad_(trained)
+    policy.requires_grad_(trained and lora is None)
+    if lora is not None:
+        policy.lora = lora
+        add_adapters(policy.hf, lora, dtype=compute_dtype(fsdp.model_dtype, device))
+        if model.lora_adapter_path is not None and reads_from_disk():
+            load_adapter(Path(model.lora_adapter_path), policy.hf)
     if freeze_vision:
         policy.hf.model.visual.requires_grad_(False)
+    freeze(policy.hf, frozen)
     spec = shard_spec(fsdp, device, offload=offload, trained=trained)
     # fully_shard moves block by block: the whole model never stands on one device
     place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     return shard(policy, build_mesh(device, fsdp.fsdp_size), spec, lambda module: receive(module, place))
+
+
+def lora_spec(model: ModelConfig) -> LoraSpec | None:
+    """The adapters that a config node asks for; those of `lora_adapter_path` where it names a folder.
+
+    Raises ValueError when the folder holds no adapter, or one of another rank than `lora_rank`.
+    """
+    if model.lora_adapter_path is not None:
+        found = read_spec(Path(model.lora_adapter_path))
+        if model.lora_rank not in (0, found.rank):
+            raise ValueError(
+                f"model.lora_rank={model.lora_rank}, but the adapter in {model.lora_adapter_path} has {found.rank}: "
+                "leave lora_rank out, the folder decides"
+            )
+        return found
+    if model.lora_rank == 0:
+        return None
+    return LoraSpec(
+        rank=model.lora_rank,
+        alpha=model.lora_alpha,
+        target_modules=model.target_modules,
+        exclude_modules=model.exclude_modules or (),
+    )
 
 
 def shard_spec(fsdp: FSDPConfig, device: str, *, offload: Switch, trained: bool) -> ShardSpec:
@@ -89,19 +126,33 @@ def build_train_engine(
 
 
 def save_engine(engine: TrainEngine, checkpoint: Checkpoint, *, source: Path, dtype: torch.dtype) -> dict[str, int]:
-    """Write sharded model and optimizer and a Hugging Face copy in `dtype`; returns the engine's clock. Collective."""
+    """Write sharded model and optimizer and a Hugging Face copy in `dtype`; returns the engine's clock. Collective.
+
+    Of a model with adapters: these alone, once sharded and once as peft's files, and a copy with the adapters merged.
+    """
     policy = engine.policy
-    save_sharded(checkpoint.model, model_state(policy.hf))
+    save_sharded(checkpoint.model, _own_state(policy))
     save_optimizer(checkpoint.optimizer, policy.hf, engine.optimizer)
     banned = policy.banned.nonzero()[:, 0].tolist()
     export_huggingface(policy.hf, checkpoint.huggingface, source=source, dtype=dtype, suppress_tokens=banned)
+    if policy.lora is not None:
+        adapters = gather_full(_own_state(policy))
+        if adapters:  # rank 0
+            save_adapter(checkpoint.adapter, adapters, policy.lora, base=str(source))
+            fsync_tree(checkpoint.adapter)
     return engine.clock()
+
+
+def _own_state(policy: Policy) -> dict[str, Tensor]:
+    """What a checkpoint must hold of the model: all of it, or its adapters alone; their base is the model folder."""
+    state = model_state(policy.hf)
+    return state if policy.lora is None else {name: value for name, value in state.items() if is_adapter(name)}
 
 
 def load_engine(engine: TrainEngine, checkpoint: Checkpoint, clock: dict[str, int] | None = None) -> None:
     """Restore what `save_engine` wrote, on any number of ranks. Without `clock` the weights alone. Collective."""
     reshard(engine.policy)  # what a forward left gathered would outlive the weights it was gathered from
-    load_sharded(checkpoint.model, model_state(engine.policy.hf))
+    load_sharded(checkpoint.model, _own_state(engine.policy))
     if clock is not None:
         load_optimizer(checkpoint.optimizer, engine.policy.hf, engine.optimizer)
         if engine.offload is not None:

@@ -23,12 +23,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from verl.models.lora import is_adapter
 from verl.models.policy import ModelInputs, Policy, make_inputs
 from verl.models.transfer import to_device
 from verl.packing.columns import Columns, columns
 from verl.packing.layout import pack
 from verl.protocol import LogProbs, Prompt, TrainGroup, TrainSample
 from verl.utils.dataset.patches import PatchSource
+from verl.workers.actor.merge import Merger
 from verl.workers.actor.objective import Metrics, Objective, merge_on_device
 from verl.workers.actor.offload import OptimizerOffload
 from verl.workers.actor.optim import OptimSpec, build_optimizer, lr_factor
@@ -235,10 +237,18 @@ class TrainEngine:
 
 
 def full_parameters(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and full tensors, one gather at a time, a tied head once. Every rank must iterate.
+    """Hugging Face names and full tensors, one gather at a time, a tied head once, adapters merged. Every rank must
+    iterate.
 
     Cast to `dtype`, if given, before the gather, so that half precision travels as such.
     """
+    merge = Merger(policy.hf)
     for name, parameter in policy.hf.named_parameters():
+        if is_adapter(name):
+            continue
         value = parameter.detach() if dtype is None else parameter.detach().to(dtype)
-        yield name, value.full_tensor() if isinstance(value, DTensor) else value
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if merge.adapts(name):
+            whole = whole.clone()  # it may be the parameter itself
+            merge(name, whole)
+        yield name, whole

@@ -12,6 +12,8 @@ from transformers import AutoTokenizer
 
 from verl.config import PPOConfig, clip_range, uses_reference
 from verl.config.nodes import Switch
+from verl.models.freeze import parameter_table
+from verl.models.lora import adapters_off, is_adapter
 from verl.models.policy import Policy, check_model_folder
 from verl.protocol import LogProbs, TrainGroup
 from verl.utils.checkpoint.manager import Checkpoint
@@ -19,12 +21,12 @@ from verl.utils.dataset.images import ImageSpec
 from verl.utils.dataset.patches import open_patches
 from verl.workers.actor.build import build_policy, build_runner, build_train_engine, load_engine, save_engine
 from verl.workers.actor.engine import PackedRunner
+from verl.workers.actor.merge import Merger
 from verl.workers.actor.objective import PolicyObjective
 from verl.workers.runtime import (
     compute_dtype,
     import_external,
     memory_metrics,
-    parameter_table,
     resolve_device,
     start_process_group,
 )
@@ -62,9 +64,7 @@ class ActorWorker:
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=model.trust_remote_code)
         self.patches = open_patches(stores, ImageSpec.from_pretrained(self.folder))
         actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
-        policy = self._policy(
-            trained=True, offload=actor.fsdp_config.param_offload, freeze_vision=actor.freeze_vision_tower
-        )
+        policy = self._policy(trained=True, offload=actor.fsdp_config.param_offload)
         self.engine = build_train_engine(
             self._runner(policy),
             actor.optim,
@@ -74,20 +74,23 @@ class ActorWorker:
         )
         self.objective = policy_objective(config)
         self.reference: PackedRunner | None = None
-        if uses_reference(config):
+        """A model of its own; none where adapters are trained: the reference is then the actor without them."""
+        if uses_reference(config) and policy.lora is None:
             self.reference = self._runner(self._policy(trained=False, offload=ref.fsdp_config.param_offload))
         self.weights = self._sender(policy)
 
-    def _policy(self, *, trained: bool, offload: Switch, freeze_vision: bool = False) -> Policy:
+    def _policy(self, *, trained: bool, offload: Switch) -> Policy:
         workers = self.config.actor_rollout_ref
+        actor = workers.actor
         return build_policy(
             self.folder,
             self.tokenizer,
             workers.model,
-            workers.actor.fsdp_config,
+            actor.fsdp_config,
             device=self.device,
             trained=trained,
-            freeze_vision=freeze_vision,
+            freeze_vision=trained and actor.freeze_vision_tower,
+            frozen=actor.freeze if trained else (),
             offload=offload,
         )
 
@@ -97,15 +100,18 @@ class ActorWorker:
     def _sender(self, policy: Policy) -> WeightSender:
         rollout = self.config.actor_rollout_ref.rollout
         return WeightSender(
-            dict(policy.hf.named_parameters()),
+            {name: value for name, value in policy.hf.named_parameters() if not is_adapter(name)},
             dtype=compute_dtype(rollout.dtype, self.device),
             device=torch.device(self.device),
             max_bytes=rollout.checkpoint_engine.update_weights_bucket_megabytes << 20,
+            merge=Merger(policy.hf),
         )
 
     def describe(self) -> str:
-        reference = "none" if self.reference is None else "a frozen copy"
-        return f"{parameter_table(list(self.engine.policy.named_parameters()))}; reference: {reference}"
+        reference = "none"
+        if uses_reference(self.config):
+            reference = "a frozen copy" if self.reference is not None else "the actor without its adapters"
+        return f"reference: {reference}; {parameter_table(self.engine.policy.hf)}"
 
     def log_probs(self, micro_batches: MicroBatches) -> dict[int, LogProbs]:
         """Log-probs of this rank's samples under the present weights, by sample index."""
@@ -113,8 +119,11 @@ class ActorWorker:
 
     def ref_log_probs(self, micro_batches: MicroBatches) -> dict[int, LogProbs]:
         """The same under the reference."""
-        assert self.reference is not None, "no KL term asks for a reference, so there is none"
-        return self.reference.log_probs(micro_batches)
+        assert uses_reference(self.config), "no KL term asks for a reference, so there is none"
+        if self.reference is not None:
+            return self.reference.log_probs(micro_batches)
+        with adapters_off(self.engine.policy):
+            return self.engine.runner.log_probs(micro_batches)
 
     def update(self, mini_batches: Sequence[MiniBatch]) -> list[dict[str, float]]:
         """One optimizer step per mini-batch; this rank's metric sums of each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,13 +43,20 @@ class Passed:
 class WeightSender:
     """One rank's parameters (by Hugging Face name, sharded or not) and the buckets they are sent in.
 
+    `merge(name, whole)` changes a gathered parameter before it is sent, on every rank: it adds an adapter.
     Memory for the buckets is taken by `offer` or `join` and kept: a transfer allocates nothing.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device, max_bytes: int
+        self,
+        parameters: Mapping[str, Tensor],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_bytes: int,
+        merge: Callable[[str, Tensor], None] = lambda name, whole: None,
     ) -> None:
-        self._parameters = dict(parameters)
+        self._parameters, self._merge = dict(parameters), merge
         self._device = device
         shapes = ((name, tuple(p.shape)) for name, p in self._parameters.items())
         self.plan = plan_transfer(shapes, dtype=dtype, max_bytes=max_bytes)
@@ -77,7 +84,9 @@ class WeightSender:
         if with_checksum:
             flat.zero_()  # the gaps between tensors are summed too
         for slot in self.plan.buckets[index].slots:
-            gather_into(self._parameters[slot.name], slot.of(flat))
+            whole = slot.of(flat)
+            gather_into(self._parameters[slot.name], whole)
+            self._merge(slot.name, whole)
         found = checksum(flat) if with_checksum else None
         self._end.post(index)
         return Passed(index, found)

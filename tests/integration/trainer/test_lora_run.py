@@ -1,0 +1,167 @@
+"""Runs that train adapters (LoRA): what engines and checkpoints get, what the reference is, resuming, SFT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from in_process import rl_here, sft_here
+from peft import PeftModel
+from runs import Data, Launcher, Run, begin_at, differences, rl_overrides, sft_overrides
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
+from vllm_host import VLLM_SIZE, vllm_path
+
+from verl.models.lora import is_adapter
+from verl.models.policy import load_policy
+from verl.models.tiny import create_tiny_model, texts_of_parquet
+from verl.workers.actor.engine import PackedRunner
+from verl.workers.actor.worker import ActorWorker
+
+MODEL = "actor_rollout_ref.model"
+LORA = (f"{MODEL}.lora_rank=4", f"{MODEL}.lora_alpha=8")
+THREE = (
+    *LORA,
+    "actor_rollout_ref.actor.use_kl_loss=True",
+    "actor_rollout_ref.actor.kl_loss_coef=0.1",
+    "actor_rollout_ref.actor.entropy_coeff=0.01",  # so that weights move whatever the scores
+    "actor_rollout_ref.actor.optim.lr=1e-2",
+    "trainer.total_training_steps=3",
+    "trainer.save_freq=1",
+)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return {name: value.detach() for name, value in plain.named_parameters()}
+
+
+def by_peft(base: Path, adapter: Path) -> dict[str, Tensor]:
+    """The base with the adapter merged by peft."""
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(plain, adapter).merge_and_unload()
+    return {name: value.detach() for name, value in merged.named_parameters()}
+
+
+def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys() and len(found) > 20
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.fixture(scope="module")
+def reference_apart() -> list[float]:
+    """By reference pass: the largest distance to the log-probs of the model that the run began with."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def run(work: Path, data: Data, start: Path, reference_apart: list[float]) -> Run:
+    """Three steps with the hf engine, and with a KL term: the reference is asked in every step."""
+    made = ActorWorker.ref_log_probs
+
+    def compared(self: ActorWorker, micro_batches: Sequence[Sequence[Any]]) -> dict[int, Any]:
+        found = made(self, micro_batches)
+        base = load_policy(start, self.tokenizer, dtype=torch.float32)
+        runner = PackedRunner(base, self.patches, torch.device("cpu"), self.engine.runner.temperature)
+        wanted = runner.log_probs(micro_batches)
+        reference_apart.append(max(float(np.abs(found[i] - wanted[i]).max()) for i in wanted))
+        return found
+
+    folder = work / "lora"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActorWorker, "ref_log_probs", compared)
+        return rl_here(rl_overrides(data, start, folder, *THREE), folder).ok()
+
+
+def test_the_reference_is_the_base_without_a_copy_of_it(run: Run, reference_apart: list[float]) -> None:
+    assert len(reference_apart) == 3 and max(reference_apart) < 1e-6
+    assert run.extra["workers"]["actor"].reference is None
+    assert "reference: the actor without its adapters" in run.out
+    assert run.steps[1]["actor/kl_loss"] < 0.5 * run.steps[3]["actor/kl_loss"], "the actor did not leave the reference"
+
+
+def test_the_engine_holds_the_merged_weights_and_so_does_the_exported_model(run: Run, start: Path) -> None:
+    checkpoint = run.checkpoint(3) / "actor"
+    wanted = by_peft(start, checkpoint / "lora_adapter")
+    engine = dict(run.extra["workers"]["rollout"].engine.policy.hf.named_parameters())
+    assert not any(map(is_adapter, engine))
+    assert_near({name: value.detach() for name, value in engine.items()}, wanted)
+    assert_near(weights(checkpoint / "huggingface"), wanted)
+
+
+def test_adapters_alone_are_trained_and_stored(run: Run, start: Path) -> None:
+    stored: dict[str, Tensor] = {}
+    for file in (run.checkpoint(3) / "actor" / "model").glob("*.safetensors"):
+        stored |= load_file(file)
+    assert stored and all(map(is_adapter, stored))
+    before, after = weights(start), weights(run.checkpoint(3) / "actor" / "huggingface")
+    adapted = {f"{name.rsplit('.', 1)[0]}.weight" for name in stored}
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {name for name in before if name in adapted}
+    table = re.search(r"([\d,]+) of ([\d,]+) parameters trained", run.out)
+    assert table is not None
+    assert int(table[1].replace(",", "")) == sum(value.numel() for value in stored.values())
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_exactly(work: Path, data: Data, start: Path, run: Run) -> None:
+    folder = begin_at(work / "lora_resumed", run, 2)
+    resumed = rl_here(rl_overrides(data, start, folder, *THREE), folder).ok()
+    assert resumed.answers(3) == run.answers(3)
+    assert differences(resumed.steps[3], run.steps[3]) == []
+    mine, theirs = (r.checkpoint(3) / "actor" / "lora_adapter" / "adapter_model.safetensors" for r in (resumed, run))
+    assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_a_run_starts_from_an_adapter_and_its_reference_is_the_base(
+    work: Path, data: Data, start: Path, run: Run
+) -> None:
+    folder, adapter = work / "lora_again", run.checkpoint(3) / "actor" / "lora_adapter"
+    more = (f"{MODEL}.lora_adapter_path={adapter}", "actor_rollout_ref.actor.use_kl_loss=True", "trainer.save_freq=1")
+    again = rl_here(rl_overrides(data, start, folder, *more, "actor_rollout_ref.actor.optim.lr=0"), folder).ok()
+    assert again.steps[1]["actor/kl_loss"] > 1e-6, "the adapter was not there, or the reference had it too"
+    assert_near(
+        weights(again.checkpoint(1) / "actor" / "huggingface"), weights(run.checkpoint(3) / "actor/huggingface")
+    )
+
+
+def test_an_adapter_of_another_rank_is_refused(work: Path, data: Data, start: Path, run: Run) -> None:
+    folder, adapter = work / "lora_other", run.checkpoint(3) / "actor" / "lora_adapter"
+    more = (f"{MODEL}.lora_adapter_path={adapter}", f"{MODEL}.lora_rank=2")
+    failed = rl_here(rl_overrides(data, start, folder, *more), folder)
+    assert failed.code == 2 and "has 4: leave lora_rank out, the folder decides" in failed.err
+
+
+def test_sft_trains_adapters_and_freezes_by_pattern(work: Path, data: Data, tiny: Path) -> None:
+    folder = work / "lora_sft"
+    more = ("model.lora_rank=4", "model.target_modules=[q_proj,v_proj]", "model.freeze=['*.layers.0.*']",
+            "trainer.total_training_steps=2", "trainer.save_freq=2", "optim.lr=1e-2")  # fmt: skip
+    sft = sft_here(sft_overrides(data, tiny, folder, *more), folder).ok()
+    before, after = weights(tiny), weights(sft.checkpoint(2) / "actor" / "huggingface")
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed and all(re.search(r"layers\.[1-9].*\.(q|v)_proj\.weight", name) for name in changed)
+    assert_near(after, by_peft(tiny, sft.checkpoint(2) / "actor" / "lora_adapter"))
+
+
+def test_vllm_gets_the_merged_weights_and_agrees_with_the_adapted_actor(
+    work: Path, data: Data, launcher: Launcher
+) -> None:
+    """Two ranks, two replicas: the canary compares every engine with the actor after the transfers."""
+    model, folder = work / "lora_vllm_model", work / "lora_vllm"
+    create_tiny_model(model, texts_of_parquet([Path(data.file("sft_fit"))]), size=VLLM_SIZE, seed=0)
+    more = ("actor_rollout_ref.rollout.name=vllm", "trainer.n_gpus_per_node=2", "trainer.test_freq=1")
+    run = launcher.run(
+        "main_ppo", rl_overrides(data, model, folder, *THREE, *more), folder, PYTHONPATH=vllm_path()
+    ).ok()
+    for step in (1, 2, 3):
+        assert run.steps[step]["canary/logprob_diff_max"] <= 1e-3
+        assert run.steps[step]["training/rollout_probs_diff_max"] <= 1e-3
+    assert run.steps[3]["actor/kl_loss"] > 1e-6, "the adapters did not move, so nothing was merged"
+    last = run.checkpoint(3) / "actor"
+    assert_near(weights(last / "huggingface"), by_peft(model, last / "lora_adapter"))
