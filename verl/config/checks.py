@@ -32,7 +32,16 @@ _STEP_FOLDER = re.compile(r"(^|/)global_step_\d+/?$")
 
 def check_ppo(config: PPOConfig) -> list[str]:
     """Every problem of the config, [] when it can run."""
-    rules: list[Callable[[PPOConfig], Problems]] = [_sizes, _placement, _paths, _adapters, _sampling, _kl, _trainer]
+    rules: list[Callable[[PPOConfig], Problems]] = [
+        _sizes,
+        _ray,
+        _placement,
+        _paths,
+        _adapters,
+        _sampling,
+        _kl,
+        _trainer,
+    ]
     if not config.trainer.val_only:
         rules += [_batches, _micro_batches, _training_sampling, _correction, _losses, _optim]
     return [problem for rule in rules for problem in rule(config)]
@@ -94,6 +103,27 @@ def _sizes(config: PPOConfig) -> Problems:
         yield (
             f"{_ROLLOUT}.max_model_len={rollout.max_model_len} is less than data.max_prompt_length +"
             f" data.max_response_length = {longest}; set it to null or at least {longest}"
+        )
+
+
+def joins_a_cluster(config: PPOConfig) -> bool:
+    """Whether Ray runs before this run does."""
+    address = config.ray_kwargs.ray_init.address or os.environ.get("RAY_ADDRESS")
+    return address != "local" and (address is not None or config.trainer.nnodes > 1)
+
+
+def _ray(config: PPOConfig) -> Problems:
+    init, trainer = config.ray_kwargs.ray_init, config.trainer
+    yield from _positive(trainer__ray_wait_timeout=trainer.ray_wait_timeout)
+    if trainer.nnodes > 1 and init.address == "local":
+        yield f"ray_kwargs.ray_init.address=local is one machine, but trainer.nnodes={trainer.nnodes} (docs/nodes.md)"
+    if not joins_a_cluster(config):
+        return
+    sizes = ("num_cpus", "num_gpus", "object_store_memory", "include_dashboard", "dashboard_host", "dashboard_port")
+    for name in (name for name in (*sizes, "_temp_dir") if getattr(init, name) is not None):
+        yield (
+            f"ray_kwargs.ray_init.{name}={getattr(init, name)} is for a Ray that this run starts, but it joins a"
+            " cluster: leave it out, and give it to `ray start` there"
         )
 
 
@@ -183,7 +213,7 @@ def _judge(config: PPOConfig) -> Problems:
             "custom_reward_function.reward_kwargs, or set reward.judge.enable=False"
         )
     # On a cluster that was there before, the key is in its environment: the judge's process looks at start.
-    here = "RAY_ADDRESS" not in os.environ
+    here = not joins_a_cluster(config)
     if here and judge.api_key_env is not None and not os.environ.get(judge.api_key_env, "").strip():
         # Somebody may have written the key itself here: only what looks like a name is shown.
         shown = judge.api_key_env if re.fullmatch(r"[A-Z_][A-Z0-9_]{0,40}", judge.api_key_env) else "..."

@@ -68,6 +68,7 @@ _HDFS = "nothing is copied to HDFS; trainer.default_local_dir is where outputs g
 _NOTHING_IN_VERL = "it does nothing in verl either"
 _ALL_SAVED = "not implemented yet: a checkpoint always holds model, optimizer, counters and a Hugging Face copy"
 _CONTENTS = (["model", "optimizer", "extra"], ["model", "optimizer", "extra", "hf_model"], None)
+_RUNTIME_ENV = "workers run the code and packages of their node, which must be the driver's (checked at start)"
 _V1 = "it belongs to verl's other trainer"
 
 
@@ -173,12 +174,21 @@ PPO_RULES: dict[str, Rule] = {
     "trainer.default_hdfs_dir": warn(_HDFS, None),
     "trainer.del_local_ckpt_after_load": warn("a checkpoint is never deleted for having been read", False),
     "trainer.max_critic_ckpt_to_keep": warn(_NO_CRITIC, None),
-    "trainer.ray_wait_register_center_timeout": warn("there is no register centre"),
+    "trainer.ray_wait_register_center_timeout": warn(
+        "there is no register centre; trainer.ray_wait_timeout limits the wait for nodes"
+    ),
     "trainer.esi_redundant_time": warn("there is no expiring instance to save for", 0),
     "trainer.use_v1": warn(_V1, False),
     "trainer.v1.*": warn(_V1),
-    "ray_init.*": missing(None),
-    "ray_kwargs.*": missing(None),
+    "ray_init.timeline_json_file": missing(None),
+    "ray_init.*": alias("ray_kwargs.ray_init.*"),
+    "ray_kwargs.timeline_json_file": missing(None),
+    "ray_kwargs.ray_init.local_mode": error("every rank is a process of its own", False),
+    "ray_kwargs.ray_init.ignore_reinit_error": warn("Ray is started once", True, False),
+    "ray_kwargs.ray_init.runtime_env.working_dir": error(_RUNTIME_ENV, None),
+    "ray_kwargs.ray_init.runtime_env.pip": error(_RUNTIME_ENV, None),
+    "ray_kwargs.ray_init.runtime_env.conda": error(_RUNTIME_ENV, None),
+    "ray_kwargs.ray_init.runtime_env.py_modules": error(_RUNTIME_ENV, None),
     "global_profiler.*": missing(None),
     "hydra.*": warn("hydra's own output folder is not used; see trainer.default_local_dir"),
 }

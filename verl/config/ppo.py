@@ -149,6 +149,8 @@ class TrainerConfig:
     """Machines."""
     n_gpus_per_node: int
     """Ranks per machine; on CPU the number of processes."""
+    ray_wait_timeout: float
+    """Seconds that the start waits for the nodes and GPUs of the run, saying every 10 s what is missing."""
     balance_batch: bool
     """Spread groups over ranks by cost; False: by count, in order."""
     seed: int
@@ -186,6 +188,48 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeEnvConfig:
+    """What Ray gives every worker process."""
+
+    env_vars: Mapping[str, Any]
+    """Environment variables of all workers, over those of their node."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayInitConfig:
+    """Arguments of `ray.init`; null leaves one out."""
+
+    address: str | None
+    """The cluster to join; null: RAY_ADDRESS, else the cluster of this machine (nnodes > 1) or a Ray of this run."""
+    num_cpus: int | None
+    """CPU slots of a Ray of this run; null: the cores, at least 4."""
+    num_gpus: int | None
+    """GPUs of a Ray of this run; null: all."""
+    object_store_memory: int | None
+    """Bytes of shared memory of a Ray of this run; null: Ray decides."""
+    include_dashboard: bool | None
+    """Start the dashboard with a Ray of this run; null: no."""
+    dashboard_host: str | None
+    """Address that the dashboard listens at; null: 127.0.0.1."""
+    dashboard_port: int | None
+    """Its port; null: 8265."""
+    namespace: str | None
+    """Namespace of named actors; there are none here."""
+    log_to_driver: bool | None
+    """Print what workers print; null: yes."""
+    _temp_dir: str | None
+    """Folder of Ray's sessions and logs, absolute and short; null: Ray's own."""
+    runtime_env: RuntimeEnvConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayConfig:
+    """The node of verl's name."""
+
+    ray_init: RayInitConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PPOConfig:
     """Root of ppo_trainer.yaml."""
 
@@ -196,3 +240,4 @@ class PPOConfig:
     reward: RewardConfig
     reward_model: RewardModelConfig
     trainer: TrainerConfig
+    ray_kwargs: RayConfig

@@ -10,6 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+DEFAULT_ENV = {
+    "TOKENIZERS_PARALLELISM": "true",
+    "NCCL_DEBUG": "WARN",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""Set in every worker where neither the driver nor the worker's node has a value."""
+
 
 @dataclass(frozen=True)
 class WorkerFailure:
@@ -27,8 +37,17 @@ class WorkerFailure:
 class WorkerShell:
     """Holds one worker object in a Ray actor. `factory` runs inside the process, so heavy imports happen there."""
 
-    def __init__(self, group: str, rank: int, threads: int) -> None:
+    def __init__(
+        self, group: str, rank: int, threads: int, folder: str | None = None, several_nodes: bool = False
+    ) -> None:
+        """`folder`: where relative paths of the config start, the driver's (None: this process stays where it is)."""
         faulthandler.enable()
+        if folder is not None:
+            os.chdir(folder)
+        for name, value in DEFAULT_ENV.items():
+            os.environ.setdefault(name, value)
+        if several_nodes:
+            _speak_through_rays_interface()
         self.group, self.rank = group, rank
         self.worker: Any = None
         import torch
@@ -92,3 +111,23 @@ def _is_ours(error: BaseException) -> bool:
     """Raised by a file of this package: a library's ValueError is a bug until its traceback says otherwise."""
     file = traceback.extract_tb(error.__traceback__)[-1].filename
     return Path(file).is_relative_to(Path(__file__).parents[1])
+
+
+def _speak_through_rays_interface() -> None:
+    """Gloo and NCCL use the interface that Ray uses, unless the user named one.
+
+    Gloo takes the one that the host's name resolves to, which is often the loopback one (127.0.1.1 in /etc/hosts) and
+    then unreachable from other nodes. That Ray's is reachable is known: the node has joined through it.
+    """
+    import ray
+
+    interface = interface_of(ray.util.get_node_ip_address())
+    if interface is not None:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, interface)
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface with this address; None when this process sees none."""
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, entries in interfaces if any(entry.address == address for entry in entries)), None)

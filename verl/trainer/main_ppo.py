@@ -21,7 +21,9 @@ def main(overrides: list[str] | None = None) -> int:
             return 0
         config = load("ppo_trainer", arguments)
         # Imported late: a mistake in the config is answered in a second, before torch and ray are loaded.
-        from verl.single_controller.group import UserError
+        from verl.single_controller.cluster import ClusterError
+        from verl.single_controller.group import UserError, WorkerDiedError
+        from verl.single_controller.shared import NotSharedError
         from verl.trainer.ray_trainer import Trainer
 
         trainer = Trainer(config)
@@ -35,6 +37,9 @@ def main(overrides: list[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (ClusterError, NotSharedError, WorkerDiedError) as error:  # the message says it all
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     finally:
         trainer.close()
     return 0

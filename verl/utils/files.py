@@ -39,3 +39,8 @@ def write_text_atomic(path: Path, text: str) -> None:
 def write_json_atomic(path: Path, value: Any) -> None:
     """`write_text_atomic` of `value` as json; numpy scalars and tensors are refused by json (TypeError)."""
     write_text_atomic(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    """All files below a folder: relative path -> bytes."""
+    return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}

@@ -64,7 +64,7 @@ class InProcessGroup(WorkerGroup):
 
 def _without_ray(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cluster, "WorkerGroup", InProcessGroup)
-    patch.setattr(cluster, "start_ray", lambda *_: None)
+    patch.setattr(cluster, "start_ray", lambda *_, **__: None)
     patch.setattr(cluster, "reserve", lambda *_: None)
     patch.setattr(cluster, "start_reward_pool", lambda *_: None)  # the driver scores
     patch.setattr(faulthandler, "enable", lambda: None)  # pytest has its own

@@ -194,13 +194,13 @@ def sft_overrides(data: Data, model: Path | str, folder: Path, *extra: str) -> l
 class Started:
     """A running entry point with everything it started; leaving the `with` block ends them all."""
 
-    def __init__(self, command: Sequence[str], folder: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, env: Mapping[str, str], cwd: Path = ROOT) -> None:
         self.folder = folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.log = folder.with_name(f"{folder.name}.{time.monotonic_ns()}.log")
         self._file = self.log.open("w")
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **env}, stdout=self._file, stderr=self._file, start_new_session=True
+            command, cwd=cwd, env={**os.environ, **env}, stdout=self._file, stderr=self._file, start_new_session=True
         )
 
     def __enter__(self) -> Started:

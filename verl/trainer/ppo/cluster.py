@@ -12,6 +12,7 @@ from verl.models.policy import check_model_folder
 from verl.protocol import Prompt
 from verl.single_controller.cluster import Placement, Resources, reserve, start_ray
 from verl.single_controller.group import WorkerGroup
+from verl.single_controller.shared import check_shared
 from verl.trainer.ppo.placement import plan_placement
 from verl.trainer.ppo.switches import LargestPrompt, decide, without_plan
 from verl.trainer.ppo.workers import PATCH_WEIGHT, Actors, Rollouts, peak_memory
@@ -105,9 +106,11 @@ def start_workers(
     trained on: the longest decides how much memory a micro-batch takes.
     """
     placement = plan_placement(config, resolve_device(config.trainer.device))
-    start_ray()
-    bundles = reserve(placement.actors, _START_TIMEOUT) if actors or placement.colocated else None
-    own = bundles if placement.colocated else reserve(placement.rollouts, _START_TIMEOUT)
+    start_ray(config.ray_kwargs.ray_init, nodes=config.trainer.nnodes)
+    patience = config.trainer.ray_wait_timeout
+    bundles = reserve(placement.actors, patience) if actors or placement.colocated else None
+    own = bundles if placement.colocated else reserve(placement.rollouts, patience)
+    check_nodes(config, [part for part in (bundles, own) if part is not None], stores, writes=actors)
 
     def group(name: str, where: Placement, resources: Resources) -> WorkerGroup:
         return WorkerGroup(
@@ -139,10 +142,22 @@ def start_workers(
         if workers.rewards is not None:
             started.append(f"reward pid {_listed(workers.rewards.ready(_START_TIMEOUT))}")
         print(f"workers: {'; '.join(started)}", flush=True)
+        if any(g.several_nodes for g in workers.groups):
+            actor_nodes = f"actor {bundles.describe()}; " if actors and bundles is not None else ""
+            print(f"nodes: {actor_nodes}rollout {own.describe()}", flush=True)
     except BaseException:
         workers.close()
         raise
     return workers
+
+
+def check_nodes(config: PPOConfig, parts: Sequence[Placement], stores: Sequence[Path], *, writes: bool) -> None:
+    """Raises NotSharedError unless every node of `parts` sees outputs, model and images. `writes`: checkpoints too."""
+    nodes = {node.id: node for part in parts for node in part.nodes}
+    inputs = {"actor_rollout_ref.model.path": check_model_folder(config.actor_rollout_ref.model.path)}
+    inputs |= {f"image store {number} (data.image_cache_dir)": path for number, path in enumerate(stores)}
+    outputs = Path(config.trainer.default_local_dir) if writes else None
+    check_shared(list(nodes.values()), outputs=outputs, inputs=inputs)
 
 
 def _decide_memory(config: PPOConfig, actors: WorkerGroup | None, prompts: Sequence[Prompt]) -> PPOConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,11 @@ from verl.packing.balance import PATCH_WEIGHT, plan_mini_batch
 from verl.protocol import LogProbs, Prompt, Response, TokenIds, TrainGroup
 from verl.single_controller.cluster import Resources
 from verl.single_controller.group import WorkerGroup
+from verl.single_controller.shared import wait_until
 from verl.trainer.ppo.batch import response_tokens
 from verl.trainer.ppo.mfu import FlopMeter
 from verl.utils.checkpoint.manager import Checkpoint
+from verl.utils.files import files_in
 from verl.utils.flops import FlopCounter, peak_flops
 from verl.workers.actor.objective import merge_metrics
 from verl.workers.actor.worker import ActorWorker, MiniBatch
@@ -24,6 +26,7 @@ from verl.workers.rollout.base import Sampling
 from verl.workers.rollout.forward import Sink
 from verl.workers.rollout.worker import Place, RolloutWorker
 
+_SEEN_WITHIN = 120.0  # seconds; NFS keeps a listing for up to 60
 _SAME_ON_ALL_RANKS = ("grad_norm", "lr", "skipped")
 
 
@@ -95,8 +98,14 @@ class Actors:
         return steps
 
     def save(self, checkpoint: Checkpoint) -> dict[str, int]:
-        """Write into the checkpoint's folder; the engine's clock, to be stored beside."""
-        return self.group.all("save", checkpoint)[0]
+        """Write into the checkpoint's folder; the engine's clock, to be stored beside.
+
+        The driver lists the files for the manifest, so it waits until it sees those that other nodes wrote.
+        """
+        clock = self.group.all("save", checkpoint)[0]
+        if self.group.several_nodes:
+            wait_for_files(checkpoint.path, self.group.all("written", checkpoint))
+        return clock
 
     def load(self, checkpoint: Checkpoint, clock: dict[str, int] | None = None) -> None:
         """Weights, and with `clock` the optimizer too."""
@@ -104,6 +113,24 @@ class Actors:
 
     def describe(self) -> str:
         return self.group.all("describe")[0]
+
+
+def wait_for_files(folder: Path, written: Sequence[Mapping[str, int]], patience: float = _SEEN_WITHIN) -> None:
+    """Until this process sees all files (relative path -> bytes) that ranks on other nodes see in `folder`.
+
+    Raises OSError naming some that do not come: a network file system may show them later, another disk never.
+    """
+    expected = {name: size for files in written for name, size in files.items()}
+
+    def missing() -> list[str]:
+        here = files_in(folder)
+        return sorted(name for name, size in expected.items() if here.get(name) != size)
+
+    if not wait_until(lambda: not missing(), patience):
+        raise OSError(
+            f"{folder}: after {patience:.0f} s this node does not see {missing()[:5]}, which other nodes wrote; "
+            "trainer.default_local_dir must be on a file system that all nodes share"
+        )
 
 
 class Rollouts:

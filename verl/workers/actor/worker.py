@@ -19,6 +19,7 @@ from verl.protocol import LogProbs, TrainGroup
 from verl.utils.checkpoint.manager import Checkpoint
 from verl.utils.dataset.images import ImageSpec
 from verl.utils.dataset.patches import open_patches
+from verl.utils.files import files_in
 from verl.workers.actor.build import build_policy, build_runner, build_train_engine, load_engine, save_engine
 from verl.workers.actor.engine import PackedRunner
 from verl.workers.actor.merge import Merger
@@ -133,6 +134,10 @@ class ActorWorker:
         """Write into the checkpoint's folder; returns the engine's clock."""
         dtype = compute_dtype(self.config.actor_rollout_ref.rollout.dtype, self.device)
         return save_engine(self.engine, checkpoint, source=self.folder, dtype=dtype)
+
+    def written(self, checkpoint: Checkpoint) -> dict[str, int]:
+        """Files that this node sees in the checkpoint, those of this rank among them: relative path -> bytes."""
+        return files_in(checkpoint.path)
 
     def load(self, checkpoint: Checkpoint, clock: dict[str, int] | None = None) -> None:
         """Restore what `save` wrote, on any number of ranks. Without `clock` the weights alone."""

@@ -1,8 +1,8 @@
 """The reward pool: Ray processes that score answers while others are still written.
 
 One hub deals answers to the workers (`dispatch.py`), and starts the one judge that all workers ask, so that its limits
-hold for the run. Hub and judge live on the driver's node. All of them ask Ray for no CPU. Rollout workers send finished
-answers straight to the hub.
+hold for the run. Hub, judge and workers live on the driver's node. They ask Ray for no CPU. Rollout workers send
+finished answers straight to the hub.
 
 Invariants
 - The scores are those of the same `RewardManager` in one process.
@@ -204,9 +204,8 @@ class RewardHub:
         self._pids: dict[int, int] = {}
 
     async def _spawn(self) -> _RayWorker:
-        options: dict[str, Any] = {"num_cpus": 0}
-        if self._worker_class is AsyncWorker:
-            options["max_concurrency"] = self._concurrency
+        # Beside the hub: a custom function's file need not be on every node, and a lost node loses no scores.
+        options = _beside_the_driver() | {"max_concurrency": self._concurrency}
         actor = ray.remote(self._worker_class).options(**options)
         actor = actor.remote(self._spec, ray.get_runtime_context().current_actor)
         pid = await actor.ready.remote()

@@ -12,9 +12,11 @@ CUDA parts run on torch 2.11; memory with `expandable_segments` cannot be export
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +42,8 @@ class MappedHandle:
 
     place: str
     """UUID of the GPU, or a path to the sender's open file."""
+    host: str
+    """See `host_identity`."""
     cuda: tuple[Any, ...] | None
     """Arguments of torch's rebuild function; None on a CPU."""
 
@@ -99,14 +103,14 @@ class MappedSendEnd:
         if device.type == "cuda":
             self._flat = torch.empty(2, largest, dtype=dtype, device=device)
             _, arguments = reduce_tensor(self._flat)
-            self.handle = MappedHandle(gpu_uuid(device), arguments)
+            self.handle = MappedHandle(gpu_uuid(device), host_identity(), arguments)
         else:
             # Memory without a name: nothing is left behind however the processes end, and /dev/shm may be small.
             self._file = os.fdopen(os.memfd_create("timemaster-weights"), "r+b", buffering=0)
             self._file.truncate(2 * largest * dtype.itemsize)
             path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
             self._flat = _map_file(path, largest, dtype)
-            self.handle = MappedHandle(path, None)
+            self.handle = MappedHandle(path, host_identity(), None)
 
     def bucket(self, index: int) -> Tensor:
         return self._flat[index % 2, : self._sizes[index]]
@@ -116,13 +120,12 @@ class MappedSendEnd:
 
 
 class MappedReceiveEnd:
-    """The other process's two buckets."""
+    """The other process's two buckets. Raises RuntimeError when this process cannot map them."""
 
     def __init__(self, handle: MappedHandle, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self._sizes, self._device = sizes, device
+        check_same_place(handle, host_identity(), gpu_uuid(device) if handle.cuda is not None else None)
         if handle.cuda is not None:
-            mine = gpu_uuid(device)
-            assert mine == handle.place, f"the actor of this rank is on GPU {handle.place}, this rollout on GPU {mine}"
             self._flat = rebuild_cuda_tensor(*handle.cuda)
         else:
             self._flat = _map_file(handle.place, max(sizes), dtype)
@@ -132,6 +135,26 @@ class MappedReceiveEnd:
 
     def release(self, index: int) -> None:
         wait_for_device(self._device)
+
+
+def check_same_place(handle: MappedHandle, host: str, gpu: str | None) -> None:
+    """Raises RuntimeError unless a process on `host` (and `gpu`) can map what the handle's sender holds.
+
+    A path under /proc means another process, or nothing, on any other host.
+    """
+    if handle.host != host:
+        raise RuntimeError(
+            f"the actor of this rank is on host {handle.host}, this rollout on {host}: they cannot share memory. Ray "
+            "must place both on one node, in one container (actor_rollout_ref.hybrid_engine=False lets them be apart)"
+        )
+    if gpu is not None and gpu != handle.place:
+        raise RuntimeError(f"the actor of this rank is on GPU {handle.place}, this rollout on GPU {gpu}")
+
+
+def host_identity() -> str:
+    """Names the running kernel and this process's view of process ids: equal where /proc paths mean the same."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()}/{boot[:8]}/{os.readlink('/proc/self/ns/pid')}"
 
 
 def gpu_uuid(device: torch.device) -> str:
