@@ -302,6 +302,12 @@ class Launcher:
         with Started([*launcher, "-m", "verl.trainer.sft_trainer", *overrides], folder, self.env) as started:
             return started.wait()
 
+    def start_torchrun_node(self, node: int, nodes: int, port: int, overrides: Sequence[str], folder: Path) -> Started:
+        """One node of several, with one rank; all are on this machine."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--node-rank={node}"]
+        launcher += ["--master-addr=127.0.0.1", f"--master-port={port}", "--nproc-per-node=1"]
+        return Started([*launcher, "-m", "verl.trainer.sft_trainer", *overrides], folder, self.env)
+
     def script(self, path: str, arguments: Sequence[str], folder: Path, **env: str) -> Run:
         """A shell script of the repository, with the tests' interpreter as python3."""
         bin_dir = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from pathlib import Path
 
 import pytest
-from ray_nodes import ray_nodes
-from runs import LONG_RUN, Data, Launcher, Run, loadable, pointer, rl_overrides, whole_checkpoints
+from in_process import sft_here
+from ray_nodes import free_port, ray_nodes
+from runs import (
+    LONG_RUN,
+    Data,
+    Launcher,
+    Run,
+    loadable,
+    pointer,
+    rl_overrides,
+    sft_overrides,
+    whole_checkpoints,
+)
 
 from verl.utils.checkpoint.manager import CheckpointManager
 
@@ -65,3 +77,27 @@ def test_a_run_that_waits_in_vain_says_what_is_missing_and_fails(
     (line,) = [line for line in run.out.splitlines() if line.startswith("error: ")]
     assert "1 of 2 nodes, 1 of 2 CPU ranks: 1 more must join" in line and "trainer.ray_wait_timeout" in line, line
     assert "Traceback" not in run.out, run.out[-4000:]
+
+
+SFT = ("trainer.total_training_steps=2", "trainer.save_freq=2", "trainer.test_freq=-1", "trainer.seed=3")
+
+
+@pytest.mark.slow
+def test_supervised_training_runs_on_two_nodes_of_torchrun_and_gives_the_losses_of_one_rank(
+    work: Path, data: Data, tiny: Path, launcher: Launcher
+) -> None:
+    folder, port = work / "sft_two_nodes", free_port()
+    overrides = sft_overrides(data, tiny, folder, *SFT)
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(launcher.start_torchrun_node(rank, 2, port, overrides, folder)) for rank in range(2)
+        ]
+        first, second = (node.wait() for node in started)
+    assert (first.code, second.code) == (0, 0), f"{first.out[-3000:]}\n{second.out[-3000:]}"
+    assert "2 node(s) x 1" in first.out, first.out[:3000]
+    here = sft_here(sft_overrides(data, tiny, work / "sft_one", *SFT), work / "sft_one").ok()
+    for step, row in here.steps.items():
+        assert first.steps[step]["train/loss"] == pytest.approx(row["train/loss"], rel=1e-4), f"step {step}"
+    latest = CheckpointManager(folder).find("auto")
+    assert latest is not None and loadable(latest)["engine"]["steps"] == 2
+    assert len(list(latest.model.glob("*.safetensors"))) == 2, "one file of each rank"
