@@ -94,7 +94,7 @@ def test_supervised_training_runs_on_two_nodes_of_torchrun_and_gives_the_losses_
         ]
         first, second = (node.wait() for node in started)
     assert (first.code, second.code) == (0, 0), f"{first.out[-3000:]}\n{second.out[-3000:]}"
-    assert "2 node(s) x 1" in first.out, first.out[:3000]
+    assert "2 rank(s) on cpu" in first.out, first.out[:3000]
     here = sft_here(sft_overrides(data, tiny, work / "sft_one", *SFT), work / "sft_one").ok()
     for step, row in here.steps.items():
         assert first.steps[step]["train/loss"] == pytest.approx(row["train/loss"], rel=1e-4), f"step {step}"
