@@ -79,9 +79,9 @@ class SFTModelConfig:
     lora_alpha: float
     """Adapters count alpha / rank times."""
     target_modules: tuple[str, ...]
-    """Layers with an adapter: all-linear (never the head), ends of layer names, or regular expressions."""
+    """Layers with an adapter: all-linear (the vision tower's too, never the head), ends of names, or regexes."""
     exclude_modules: tuple[str, ...] | None
-    """Layers without one, though target_modules names them."""
+    """Layers without one, though target_modules names them; .*visual.* leaves out the vision tower."""
     lora_adapter_path: str | None
     """Start from this folder of peft; it decides rank, alpha and layers. The reference is the base without it."""
     freeze_vision_tower: bool

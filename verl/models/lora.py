@@ -86,6 +86,12 @@ def target_layers(model: PreTrainedModel, spec: LoraSpec) -> dict[str, nn.Linear
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     for key, patterns in (("target_modules", spec.target_modules), ("exclude_modules", spec.exclude_modules)):
         for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"model.{key}={pattern}: not a regular expression ({error}); write .* for anything"
+                ) from None
             if pattern != ALL_LINEAR and not any(_matches(name, pattern) for name in linear):
                 raise ValueError(f"model.{key}={pattern}: no linear layer of that name{_hint(pattern, linear)}")
     chosen = {

@@ -145,6 +145,11 @@ def test_a_pattern_without_a_layer_is_refused(
         target_layers(policy.hf, LoraSpec(rank=2, alpha=1.0, target_modules=target, exclude_modules=exclude))
 
 
+def test_a_shell_pattern_is_refused_with_what_to_write(policy: Policy) -> None:
+    with pytest.raises(ValueError, match=r"target_modules=\*proj: not a regular expression .* write \.\* for anything"):
+        target_layers(policy.hf, LoraSpec(rank=1, alpha=1.0, target_modules=("*proj",)))
+
+
 def test_peft_loads_what_is_written_and_computes_the_same(policy: Policy, folder: Path, tmp_path: Path) -> None:
     add_adapters(policy.hf, TEXT, dtype=torch.float32)
     disturb(policy)

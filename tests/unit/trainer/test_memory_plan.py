@@ -90,6 +90,17 @@ def test_adapters_cost_their_own_masters_and_averages_and_there_is_no_reference(
     assert adapted["activations"] == whole["activations"]
 
 
+def test_what_patterns_freeze_has_no_gradients_and_no_averages() -> None:
+    found = estimate(ctu(trained=1_000_000), Switches()).parts
+    assert found["optimizer"] == 8_000_000 and found["gradients"] == 4_000_000
+    assert found["weights"] == 4 * SIZES.parameters and found["reference"] == 2 * SIZES.parameters
+
+
+def test_the_plan_says_that_adapters_need_no_reference() -> None:
+    assert "adapters alone are trained (5,000)" in plan_memory(ctu(adapters=5000), {}).table()
+    assert "adapters" not in plan_memory(ctu(), {}).table()
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_counted_as_the_library_makes_them(tiny_folder: Path, tied: bool) -> None:
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration

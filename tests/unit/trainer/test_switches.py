@@ -82,6 +82,18 @@ def test_the_demand_of_adapters_counts_them(folder: Path) -> None:
     assert not decided(folder, *AUTO, *lora).reference_offload
 
 
+def test_the_demand_of_frozen_patterns_counts_what_is_left_to_train(folder: Path) -> None:
+    def trained(*overrides: str) -> int | None:
+        return demand_of(config(*overrides), folder, PLOT, device=1, patch_weight=0).trained
+
+    lora = (f"{W}.model.lora_rank=8", f"{W}.model.target_modules=[q_proj]")
+    assert trained() is trained(*lora) is None
+    assert trained(*lora, f"{W}.actor.freeze=['*.layers.0.*','*.layers.1.*']") == 34 * 8 * (2048 + 2048)
+    assert trained(f"{W}.actor.freeze=['*.visual.*','*.language_model.layers.*']") == 151936 * 2048 + 2048
+    with pytest.raises(ValueError, match=r"freeze=\*\.layer\.0\.\*: fits no parameter"):
+        trained(f"{W}.actor.freeze=['*.layer.0.*']")
+
+
 def test_auto_keeps_everything_on_the_card_where_it_fits_and_gives_up_the_cheapest_where_not(folder: Path) -> None:
     assert decided(folder, *AUTO) == Switches()
     small = decided(folder, *AUTO, f"{W}.rollout.gpu_memory_utilization=0.3", gib=79.1)

@@ -37,6 +37,8 @@ class Demand:
     frozen_vision: bool
     adapters: int = 0
     """Parameters of adapters; 0: the weights themselves are trained. Weights under adapters are held in `compute`."""
+    trained: int | None = None
+    """Parameters that are trained, where patterns freeze some; None: those that `frozen_vision` and `adapters` say."""
     master: int
     compute: int
     reduce: int
@@ -107,7 +109,7 @@ def estimate(demand: Demand, switches: Switches) -> Estimate:
     d, on = demand, switches
     total = d.sizes.parameters
     whole = d.sizes.text.parameters if d.frozen_vision else total
-    trained = (d.adapters or whole) if d.tokens else 0
+    trained = (d.trained if d.trained is not None else d.adapters or whole) if d.tokens else 0
     held_weights = d.compute * total + d.master * d.adapters if d.adapters else d.master * total
     adam = 2 * d.master * trained / d.shards
     block = 2 * d.compute * d.sizes.text.layer_parameters
@@ -175,6 +177,8 @@ class MemoryPlan:
         if self.demand.engine == "vllm":
             have, wanted = engine_cache(self.demand) / GIB, wanted_cache(self.demand) / GIB
             lines.append(f"  vLLM's cache: {have:.1f}, all answers at full length would fill {wanted:.1f}")
+        if self.demand.adapters:
+            lines.append(f"  adapters alone are trained ({self.demand.adapters:,}); the reference is the actor without")
         peaks = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.estimate.phases.items())
         lines.append(f"  peaks: {peaks}")
         lines += [f"  {KEYS[name]}: {reason}" for name, reason in self.reasons.items()]

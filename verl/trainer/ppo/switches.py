@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from verl.config import PPOConfig, token_budgets, uses_reference
 from verl.config.derived import max_context, uses_adapters, world_size
-from verl.config.nodes import ModelConfig
+from verl.config.nodes import ActorRolloutRefConfig, ModelConfig
 from verl.models.lora import adapter_count
 from verl.models.policy import empty_model
 from verl.models.sizes import ModelSizes
 from verl.protocol import Prompt
 from verl.trainer.ppo.memory import KEYS, Demand, MemoryPlan, Switches, plan_memory
-from verl.workers.actor.build import lora_spec
+from verl.workers.actor.build import choose_trained, lora_spec
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -64,6 +66,7 @@ def demand_of(config: PPOConfig, folder: Path, prompt: LargestPrompt, *, device:
         shards=world_size(config) if fsdp.fsdp_size == -1 else fsdp.fsdp_size,
         frozen_vision=actor.freeze_vision_tower,
         adapters=_adapters(workers.model, folder),
+        trained=_trained(workers, folder),
         master=_BYTES[fsdp.model_dtype],
         compute=_BYTES[fsdp.mixed_precision.param_dtype],
         reduce=_BYTES[fsdp.mixed_precision.reduce_dtype],
@@ -84,6 +87,17 @@ def _adapters(model: ModelConfig, folder: Path) -> int:
     """Parameters of the adapters that are trained; 0 without them."""
     lora = lora_spec(model)
     return 0 if lora is None else adapter_count(empty_model(folder, model.override_config), lora)
+
+
+def _trained(workers: ActorRolloutRefConfig, folder: Path) -> int | None:
+    """Parameters left to train where patterns freeze some, None without patterns. Raises ValueError for a pattern that
+    fits nothing: here, before any worker is started."""
+    actor = workers.actor
+    if not actor.freeze:
+        return None
+    model, lora = empty_model(folder, workers.model.override_config), lora_spec(workers.model)
+    choose_trained(model, lora, dtype=torch.float32, freeze_vision=actor.freeze_vision_tower, frozen=actor.freeze)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def fixed_switches(config: PPOConfig) -> dict[str, bool]:

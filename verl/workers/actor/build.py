@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from verl.config.nodes import FSDPConfig, ModelConfig, OptimConfig, Switch
 from verl.models.freeze import freeze
@@ -58,19 +59,32 @@ def build_policy(
     buffers = dtype_of(precision.buffer_dtype)
     other = {name: b.dtype for name, b in policy.named_buffers() if b.is_floating_point() and b.dtype != buffers}
     assert not other, f"mixed_precision.buffer_dtype={precision.buffer_dtype}, but these buffers differ: {other}"
-    policy.requires_grad_(trained and lora is None)
-    if lora is not None:
-        policy.lora = lora
-        add_adapters(policy.hf, lora, dtype=compute_dtype(fsdp.model_dtype, device))
-        if model.lora_adapter_path is not None and reads_from_disk():
-            load_adapter(Path(model.lora_adapter_path), policy.hf)
-    if freeze_vision:
-        policy.hf.model.visual.requires_grad_(False)
-    freeze(policy.hf, frozen)
+    policy.lora = lora
+    policy.requires_grad_(trained)
+    if trained:
+        master = compute_dtype(fsdp.model_dtype, device)
+        choose_trained(policy.hf, lora, dtype=master, freeze_vision=freeze_vision, frozen=frozen)
+    if lora is not None and model.lora_adapter_path is not None and reads_from_disk():
+        load_adapter(Path(model.lora_adapter_path), policy.hf)
     spec = shard_spec(fsdp, device, offload=offload, trained=trained)
     # fully_shard moves block by block: the whole model never stands on one device
     place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     return shard(policy, build_mesh(device, fsdp.fsdp_size), spec, lambda module: receive(module, place))
+
+
+def choose_trained(
+    hf: PreTrainedModel, lora: LoraSpec | None, *, dtype: torch.dtype, freeze_vision: bool, frozen: Sequence[str]
+) -> None:
+    """Add the adapters, in `dtype`, and leave `requires_grad` on for what is trained alone, in place.
+
+    Raises ValueError for a pattern of layers or parameters that fits none.
+    """
+    if lora is not None:
+        hf.requires_grad_(False)
+        add_adapters(hf, lora, dtype=dtype)
+    if freeze_vision:
+        hf.model.visual.requires_grad_(False)
+    freeze(hf, frozen)
 
 
 def lora_spec(model: ModelConfig) -> LoraSpec | None:

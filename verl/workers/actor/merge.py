@@ -10,10 +10,17 @@ from verl.workers.weight_sync.gather import gather_into
 
 
 class Merger:
-    """For a model whose parameters may be sharded. Does nothing for a weight without an adapter."""
+    """For a model whose parameters may be sharded: then make it while they are. Does nothing for a weight without an
+    adapter.
+
+    It keeps the parameters: while FSDP2 holds weights gathered, a module's own are copies in the computing precision.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = {f"{name}.weight": layer for name, layer in adapted_layers(model).items()}
+        self._layers = {
+            f"{name}.weight": (layer.weight.shape, layer.lora_A, layer.lora_B, layer.lora_scale)
+            for name, layer in adapted_layers(model).items()
+        }
 
     def adapts(self, name: str) -> bool:
         return name in self._layers
@@ -21,11 +28,11 @@ class Merger:
     @torch.no_grad()
     def __call__(self, name: str, whole: Tensor) -> None:
         """Add the adapter of the layer to `whole`, its gathered weight of any view, in place. Collective."""
-        layer = self._layers.get(name)
-        if layer is None:
+        if not self.adapts(name):
             return
-        a, b = (_gathered(p, whole.device) for p in (layer.lora_A, layer.lora_B))
-        add_delta(whole.view(layer.weight.shape), a, b, layer.lora_scale)
+        shape, *adapter, scale = self._layers[name]
+        a, b = (_gathered(p, whole.device) for p in adapter)
+        add_delta(whole.view(shape), a, b, scale)
 
 
 def _gathered(parameter: Tensor, device: torch.device) -> Tensor:
