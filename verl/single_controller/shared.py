@@ -75,7 +75,7 @@ def check_shared(nodes: Sequence[Node], *, outputs: Path | None, inputs: Mapping
 
 def _on(node: Node) -> Any:
     here = NodeAffinitySchedulingStrategy(node.id, soft=False)
-    return ray.remote(_look).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
+    return ray.remote(_look).options(num_cpus=0, max_retries=2, scheduling_strategy=here)
 
 
 def _look(
