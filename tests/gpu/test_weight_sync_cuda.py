@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, logging_level=40, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level=40, log_to_driver=False)
     for module in (cuda_workers, simulated):
         ray.cloudpickle.register_pickle_by_value(module)
     yield

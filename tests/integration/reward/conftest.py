@@ -17,6 +17,6 @@ def cluster() -> Iterator[None]:
     """Its processes know a key that the driver does not, as on a cluster that was there before."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KEY_OF_THE_NODE", "sk-known-to-the-node-alone")
-        ray.init(num_cpus=4, include_dashboard=False, logging_level=40, log_to_driver=False)
+        ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level=40, log_to_driver=False)
     yield
     ray.shutdown()

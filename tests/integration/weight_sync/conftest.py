@@ -20,7 +20,7 @@ def cluster() -> Iterator[None]:
 
     mine = not ray.is_initialized()
     if mine:
-        ray.init(num_cpus=4, include_dashboard=False, logging_level=40, log_to_driver=False)
+        ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level=40, log_to_driver=False)
     modules = (process_workers, simulated)
     for module in modules:
         ray.cloudpickle.register_pickle_by_value(module)
