@@ -44,7 +44,15 @@ _VLLM_ON_GPU = (
 
 def inert_ppo(config: PPOConfig, user_set: Mapping[str, str]) -> list[str]:
     """One line for each key of `user_set` (key -> the value as written) that this run does not use, then advice."""
-    sources = (_engine(config), _kl(config), _actor(config), _sizes(config), _trainer(config), _reward(config))
+    sources = (
+        _untrained(config),
+        _engine(config),
+        _kl(config),
+        _actor(config),
+        _sizes(config),
+        _trainer(config),
+        _reward(config),
+    )
     return [*_select((pair for source in sources for pair in source), user_set), *_advice_ppo(config)]
 
 
@@ -73,6 +81,14 @@ def _select(pairs: Inert, user_set: Mapping[str, str]) -> list[str]:
         for name in hit:
             lines.setdefault(name, f"{name}={user_set[name]} has no effect: {reason}")
     return list(lines.values())
+
+
+def _untrained(config: PPOConfig) -> Inert:
+    if config.trainer.val_only and config.actor_rollout_ref.model.lora_adapter_path is None:
+        yield (
+            "actor_rollout_ref.model.lora_rank",
+            "trainer.val_only=True trains nothing, and a new adapter changes nothing",
+        )
 
 
 def _engine(config: PPOConfig) -> Inert:

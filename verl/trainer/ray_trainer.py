@@ -195,16 +195,18 @@ class Trainer:
         )
 
     def _evaluate_only(self) -> dict[str, float]:
-        """Score the validation files with MODEL_PATH's weights, or those of an explicitly named checkpoint."""
-        checkpoint = self.checkpoint
+        """Score the validation files: the weights of MODEL_PATH, of a named checkpoint, or with a named adapter."""
+        checkpoint, adapter = self.checkpoint, self.config.actor_rollout_ref.model.lora_adapter_path
         self._open_run(0)
-        self.workers = start_workers(
-            self.config, self.data.stores, 1, self.scorer.manager, actors=checkpoint is not None
-        )
+        merges = checkpoint is not None or adapter is not None  # an actor holds what the engine is sent
+        self.workers = start_workers(self.config, self.data.stores, 1, self.scorer.manager, actors=merges)
         self.scorer.pool = self.workers.rewards
         if checkpoint is not None:
             self.workers.actors.load(checkpoint)
             self.weights_from = str(checkpoint.path)
+        elif adapter is not None:
+            self.weights_from += f" and the adapter {adapter}"
+        if merges:
             self._sync()
         metrics = self._validate()
         self.tracker.log(self.step, metrics)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from in_process import rl_here, sft_here
 from peft import PeftModel
-from runs import Data, Launcher, Run, begin_at, differences, rl_overrides, sft_overrides
+from runs import Data, Launcher, Run, begin_at, differences, read_lines, rl_overrides, sft_overrides
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -129,6 +129,25 @@ def test_a_run_starts_from_an_adapter_and_its_reference_is_the_base(
     assert_near(
         weights(again.checkpoint(1) / "actor" / "huggingface"), weights(run.checkpoint(3) / "actor/huggingface")
     )
+
+
+def test_an_evaluation_scores_the_adapter_it_is_given(work: Path, data: Data, start: Path, run: Run) -> None:
+    """The answers are those of the merged model, and not of the base."""
+    checkpoint = run.checkpoint(3) / "actor"
+    greedy = ("trainer.val_only=True", "actor_rollout_ref.rollout.val_kwargs.do_sample=False")
+
+    def answers(name: str, model: Path, *more: str) -> list[str]:
+        folder = work / f"lora_eval_{name}"
+        dump = f"trainer.validation_data_dir={folder / 'answers'}"
+        done = rl_here(rl_overrides(data, model, folder, *greedy, dump, *more), folder).ok()
+        if more:
+            assert f"{start} and the adapter {checkpoint / 'lora_adapter'}" in done.out
+        (file,) = (folder / "answers").glob("*.jsonl")
+        return [answer["text"] for group in read_lines(file) for answer in group["answers"]]
+
+    adapted = answers("adapter", start, f"{MODEL}.lora_adapter_path={checkpoint / 'lora_adapter'}")
+    assert adapted == answers("merged", checkpoint / "huggingface")
+    assert adapted != answers("base", start)
 
 
 def test_an_adapter_of_another_rank_is_refused(work: Path, data: Data, start: Path, run: Run) -> None:
