@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--rules", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    ray.init(num_cpus=4, include_dashboard=False, logging_level=40)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level=40)
     made = [*overlap(args), rules(args)]
     ray.shutdown()
     rows.write("reward_overlap", made)
