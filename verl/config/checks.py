@@ -108,7 +108,7 @@ def _sizes(config: PPOConfig) -> Problems:
 
 def joins_a_cluster(config: PPOConfig) -> bool:
     """Whether Ray runs before this run does."""
-    address = config.ray_kwargs.ray_init.address or os.environ.get("RAY_ADDRESS")
+    address = config.ray_kwargs.ray_init.address or os.environ.get("RAY_ADDRESS") or None
     return address != "local" and (address is not None or config.trainer.nnodes > 1)
 
 

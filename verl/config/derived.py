@@ -164,7 +164,7 @@ def sft_model(config: SFTConfig) -> ModelConfig:
         target_modules=model.target_modules,
         exclude_modules=model.exclude_modules,
         lora_adapter_path=model.lora_adapter_path,
-        use_liger=False,
+        use_liger=model.use_liger,
         use_remove_padding=True,
     )
 

@@ -75,9 +75,6 @@ class GenerationConfig:
     rollout: RolloutConfig
 
 
-_TRAINING_ONLY = ("log_prob_micro_batch_size", "log_prob_micro_batch_size_per_gpu", "log_prob_use_dynamic_bsz")
-
-
 def check_generation(config: GenerationConfig) -> list[str]:
     """Every problem of the config, [] when it can run."""
     return list(_problems(config))
@@ -97,7 +94,8 @@ def _problems(config: GenerationConfig) -> Iterator[str]:
     yield from (f"{key}={value} must be greater than 0" for key, value in sizes.items() if value <= 0)
     if not data.path:
         yield "data.path is empty; give a parquet file"
-    for key, path in (*(("data.path", p) for p in data.path), ("data.output_path", data.output_path)):
+    named = (("data.output_path", data.output_path), ("model.path", config.model.path))
+    for key, path in (*(("data.path", p) for p in data.path), *named):
         if path.startswith("hdfs://"):
             yield f"{key}={path}: HDFS is not supported; name a local path"
     if rollout.n != data.n_samples:
@@ -117,19 +115,5 @@ def _problems(config: GenerationConfig) -> Iterator[str]:
     tp = rollout.tensor_model_parallel_size
     if rollout.name == "vllm" and tp > 0 and trainer.n_gpus_per_node % tp:
         yield f"rollout.tensor_model_parallel_size={tp} does not divide trainer.n_gpus_per_node"
-
-
-def inert_generation(config: GenerationConfig, user_set: Mapping[str, str]) -> list[str]:
-    """One line for each key of `user_set` (key -> the value as written) that this run does not use."""
-    unused = {
-        f"rollout.{name}": "nothing is trained here" for name in (*_TRAINING_ONLY, "log_prob_max_token_len_per_gpu")
-    }
-    for name in ("nnodes", "n_gpus_per_node"):
-        unused[f"rollout.{name}"] = "there is no actor beside the engines; trainer.* sizes them"
-    if not config.rollout.do_sample:
-        unused |= {f"rollout.{name}": "rollout.do_sample=False is greedy" for name in ("temperature", "top_k", "top_p")}
-    transfer = "the engines read the weights from model.path"
-    unused |= {key: transfer for key in user_set if key.startswith("rollout.checkpoint_engine.")}
-    lines = [f"{key}={user_set[key]} has no effect: {reason}" for key, reason in unused.items() if key in user_set]
-    validation = [key for key in user_set if key.startswith("rollout.val_kwargs.")]
-    return lines + [f"{key}={user_set[key]} has no effect: rollout.* itself says how to draw" for key in validation]
+    if rollout.name == "vllm" and trainer.device == "cpu" and tp > 1:
+        yield f"rollout.tensor_model_parallel_size={tp}: vLLM on CPU runs as one process here; set it to 1"

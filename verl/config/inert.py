@@ -10,7 +10,8 @@ from pathlib import Path
 
 from verl.config.derived import uses_adapters, uses_reference
 from verl.config.evaluation import EvaluationConfig
-from verl.config.nodes import FSDPConfig, ModelConfig
+from verl.config.generation import GenerationConfig
+from verl.config.nodes import FSDPConfig, ModelConfig, RolloutConfig
 from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig, SFTModelConfig
 
@@ -32,6 +33,12 @@ _VLLM_ONLY = (
     "disable_log_stats",
     "cudagraph_capture_sizes",
     "engine_kwargs.",
+)
+_TRAINING_ONLY = (
+    "log_prob_micro_batch_size",
+    "log_prob_micro_batch_size_per_gpu",
+    "log_prob_use_dynamic_bsz",
+    "log_prob_max_token_len_per_gpu",
 )
 _VLLM_ON_GPU = (
     "gpu_memory_utilization",
@@ -91,17 +98,39 @@ def _untrained(config: PPOConfig) -> Inert:
         )
 
 
-def _engine(config: PPOConfig) -> Inert:
-    rollout = config.actor_rollout_ref.rollout
+def inert_generation(config: GenerationConfig, user_set: Mapping[str, str]) -> list[str]:
+    """One line for each key of `user_set` (key -> the value as written) that this run does not use."""
+    return _select(_generation(config), user_set)
+
+
+def _generation(config: GenerationConfig) -> Inert:
+    for name in _TRAINING_ONLY:
+        yield f"rollout.{name}", "nothing is trained here"
+    for name in ("nnodes", "n_gpus_per_node"):
+        yield f"rollout.{name}", "there is no actor beside the engines; trainer.* sizes them"
+    if not config.rollout.do_sample:
+        for name in ("temperature", "top_k", "top_p"):
+            yield f"rollout.{name}", "rollout.do_sample=False is greedy"
+    yield "rollout.checkpoint_engine.", "the engines read the weights from model.path"
+    yield "rollout.val_kwargs.", "rollout.* itself says how to draw"
+    yield from _of_the_other_engine("rollout", config.rollout, config.trainer.device)
+
+
+def _of_the_other_engine(node: str, rollout: RolloutConfig, device: str) -> Inert:
     if rollout.name == "hf":
         for name in _VLLM_ONLY:
-            yield f"{_ROLLOUT}.{name}", f"{_ROLLOUT}.name=hf does not use it"
-    else:
-        yield f"{_ROLLOUT}.hf_batch_size", f"{_ROLLOUT}.name={rollout.name} does not use it"
-        for name in _VLLM_ON_GPU if config.trainer.device == "cpu" else ():
-            yield f"{_ROLLOUT}.{name}", "trainer.device=cpu has neither GPU memory nor CUDA graphs"
-        if rollout.enforce_eager:
-            yield f"{_ROLLOUT}.cudagraph_capture_sizes", f"{_ROLLOUT}.enforce_eager=True captures no graphs"
+            yield f"{node}.{name}", f"{node}.name=hf does not use it"
+        return
+    yield f"{node}.hf_batch_size", f"{node}.name={rollout.name} does not use it"
+    for name in _VLLM_ON_GPU if device == "cpu" else ():
+        yield f"{node}.{name}", "trainer.device=cpu has neither GPU memory nor CUDA graphs"
+    if rollout.enforce_eager:
+        yield f"{node}.cudagraph_capture_sizes", f"{node}.enforce_eager=True captures no graphs"
+
+
+def _engine(config: PPOConfig) -> Inert:
+    rollout = config.actor_rollout_ref.rollout
+    yield from _of_the_other_engine(_ROLLOUT, rollout, config.trainer.device)
     if config.actor_rollout_ref.hybrid_engine:
         reason = "actor_rollout_ref.hybrid_engine=True puts the rollout on the actor's GPUs"
         yield f"{_ROLLOUT}.nnodes", reason

@@ -200,7 +200,6 @@ SFT_RULES: dict[str, Rule] = {
     "model.fsdp_config.cpu_offload": warn("use model.fsdp_config.param_offload and optimizer_offload", False),
     "model.fsdp_config.offload_params": warn("use model.fsdp_config.param_offload", False),
     "model.fsdp_config.wrap_policy.*": warn(_BY_BLOCK, 0, None),
-    "model.use_liger": missing(False),
     "ulysses_sequence_parallel_size": warn("there is no sequence parallelism", 1),
     "use_remove_padding": warn("the packed forward is the only one", True),
     "trainer.default_hdfs_dir": warn(_HDFS, None),
@@ -278,5 +277,9 @@ def find_value_rule(key: str, value: Any, rules: Mapping[str, Mapping[Any, Rule]
 
 
 def is_neutral(value: Any, rule: Rule) -> bool:
-    """Whether the value asks for what happens anyway. True is not 1 here, but 1 is 1.0."""
-    return any(isinstance(value, bool) == isinstance(n, bool) and value == n for n in rule.neutral)
+    """Whether the value asks for what happens anyway. True is not 1 here, but 1 is 1.0, and lists have no order."""
+    return any(isinstance(value, bool) == isinstance(n, bool) and _plain(value) == _plain(n) for n in rule.neutral)
+
+
+def _plain(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, list) else value

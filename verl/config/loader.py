@@ -26,8 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 from verl.config import legacy
 from verl.config.checks import check_ppo, check_sft
 from verl.config.evaluation import EvaluationConfig, check_evaluation
-from verl.config.generation import GenerationConfig, check_generation, inert_generation
-from verl.config.inert import inert_evaluation, inert_ppo, inert_sft
+from verl.config.generation import GenerationConfig, check_generation
+from verl.config.inert import inert_evaluation, inert_generation, inert_ppo, inert_sft
 from verl.config.legacy import Level, Rule
 from verl.config.overrides import Rewritten, parse, rewrite
 from verl.config.ppo import PPOConfig

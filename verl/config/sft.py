@@ -84,6 +84,8 @@ class SFTModelConfig:
     """Layers without one, though target_modules names them; .*visual.* leaves out the vision tower."""
     lora_adapter_path: str | None
     """Start from this folder of peft; it decides rank, alpha and layers. The reference is the base without it."""
+    use_liger: bool
+    """Liger's Triton kernels for norms and gated activations; needs CUDA and the package liger-kernel."""
     freeze_vision_tower: bool
     """Leave the vision tower's weights as they are."""
     freeze: tuple[str, ...]

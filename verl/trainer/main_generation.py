@@ -128,7 +128,17 @@ def main(overrides: list[str] | None = None) -> int:
         arguments = overrides_from("generation", sys.argv[1:] if overrides is None else overrides)
         if arguments is None:
             return 0
-        target = generate(load("generation", arguments))
+        config = load("generation", arguments)
+        # Imported late: a mistake in the config is answered in a second, before torch and ray are loaded.
+        from verl.single_controller.cluster import ClusterError
+        from verl.single_controller.group import WorkerDiedError
+        from verl.single_controller.shared import NotSharedError
+
+        try:
+            target = generate(config)
+        except (ClusterError, NotSharedError, WorkerDiedError) as error:  # the message says it all
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from config_cases import ppo, sft, small
 
+from verl.config import load
 from verl.config.checks import check_ppo, check_sft
-from verl.config.inert import inert_ppo
+from verl.config.inert import inert_generation, inert_ppo
 
 A, R = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 C = "algorithm.rollout_correction"
@@ -203,3 +204,22 @@ def test_k1_as_a_loss_is_advised_against() -> None:
 
 def test_training_rows_in_the_validation_are_pointed_out() -> None:
     assert any("rows it is trained on" in w for w in small("data.val_files=data/ctu_image/fit.parquet").warnings)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "reason"),
+    [
+        ("hf", "rollout.gpu_memory_utilization", "rollout.name=hf does not use it"),
+        ("vllm", "rollout.hf_batch_size", "rollout.name=vllm does not use it"),
+        ("hf", "rollout.log_prob_micro_batch_size", "nothing is trained here"),
+        ("hf", "rollout.val_kwargs.temperature", "rollout.* itself says how to draw"),
+        ("hf", "rollout.checkpoint_engine.checksum", "the engines read the weights from model.path"),
+    ],
+)
+def test_a_key_without_effect_on_generation_is_named_only_when_the_user_set_it(
+    name: str, key: str, reason: str
+) -> None:
+    overrides = ["model.path=m", "data.path=a.parquet", "data.output_path=b.parquet", f"rollout.name={name}"]
+    config = load("generation", overrides)
+    assert inert_generation(config, {key: "7"}) == [f"{key}=7 has no effect: {reason}"]
+    assert inert_generation(config, {}) == []

@@ -84,6 +84,11 @@ def test_sizes_of_a_cluster_that_runs_already_are_refused_at_start(name: str, mo
         load("ppo_trainer", [*RUN, f"ray_kwargs.ray_init.{name}"])
 
 
+def test_an_empty_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    assert load("ppo_trainer", [*RUN, "ray_kwargs.ray_init.num_cpus=8"]).ray_kwargs.ray_init.num_cpus == 8
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
