@@ -44,7 +44,8 @@ class StoredPatches:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        patches = to_patches(self.store[key].pixels[None], self.spec)
+        with torch.inference_mode(False):  # a sampler may ask first, and a gradient later
+            patches = to_patches(self.store[key].pixels[None], self.spec)
         self._cache[key] = patches
         self._held += patches.nbytes
         while self._held > self.cache_bytes and len(self._cache) > 1:
