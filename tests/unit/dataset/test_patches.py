@@ -18,7 +18,7 @@ def source(cache_bytes: int) -> StoredPatches:
 
 
 def test_patches_of_several_images_follow_each_other() -> None:
-    made = source(1 << 20)
+    made = source(1 << 24)
     expected = [to_patches(IMAGES[key].pixels[None], made.spec) for key in KEYS]
     assert torch.equal(made(KEYS), torch.cat(expected))
     assert torch.equal(made([KEYS[2], KEYS[0]]), torch.cat([expected[2], expected[0]]))
@@ -26,12 +26,12 @@ def test_patches_of_several_images_follow_each_other() -> None:
 
 
 def test_one_image_is_the_cached_tensor_itself() -> None:
-    made = source(1 << 20)
+    made = source(1 << 24)
     assert made(KEYS[:1]) is made(KEYS[:1])
 
 
 def test_the_cache_drops_what_was_used_longest_ago() -> None:
-    size = source(1 << 20)(KEYS[:1]).nbytes
+    size = source(1 << 24)(KEYS[:1]).nbytes
     made = source(2 * size)
     first, second = made(KEYS[:1]), made(KEYS[1:2])
     assert made(KEYS[:1]) is first
@@ -40,7 +40,7 @@ def test_the_cache_drops_what_was_used_longest_ago() -> None:
 
 
 def test_patches_that_a_sampler_asked_for_first_serve_a_gradient_later() -> None:
-    made = source(1 << 20)
+    made = source(1 << 24)
     with torch.inference_mode():
         made(KEYS)
     weight = torch.ones(4, made.dim, requires_grad=True)
