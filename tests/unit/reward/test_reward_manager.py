@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from verl.protocol import Prompt, Score
+from verl.utils import reward_score
 from verl.utils.reward_score.custom import CustomFunction
 from verl.workers.reward_manager import RewardFailureRateError, RewardItem, RewardManager, reward_metrics
 
@@ -78,6 +80,33 @@ def test_above_the_failure_rate_the_run_stops_with_counts(tmp_path: Path) -> Non
 def test_an_unregistered_source_fails_its_answers_with_the_way_out() -> None:
     with pytest.raises(RewardFailureRateError, match=r"'my_data' is not registered.*custom_reward_function.path"):
         RewardManager(max_failure_rate=0.5).score([(prompt(source="my_data"), "x")])
+
+
+@pytest.fixture
+def another_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Forgets what rows declared, as a new process knows nothing of it."""
+
+    def forget() -> None:
+        monkeypatch.setattr(reward_score, "_from_rows", {})
+        reward_score._find.cache_clear()
+
+    forget()
+    yield forget
+    reward_score._find.cache_clear()
+
+
+def test_a_manager_in_another_process_has_built_its_rules_before_the_first_answer(
+    monkeypatch: pytest.MonkeyPatch, another_process: Callable[[], None]
+) -> None:
+    own = Prompt("p", 0, "own_dataset", np.zeros(1, np.int32), (), (), "wet", {"classes": ["dry", "wet"]})
+    driver = RewardManager(max_failure_rate=0)
+    driver.check_prompts([prompt(), own])
+    spec = driver.spec
+    another_process()
+    worker = RewardManager(**spec)
+    monkeypatch.setattr(RewardManager, "_build", lambda *_: pytest.fail("built within the time of an answer"))
+    items = [RewardItem(prompt(), GOOD.format("Desktop")), RewardItem(own, GOOD.format("wet"))]
+    assert [score.total for score in worker.score(items)] == [1.0, 1.0]
 
 
 def test_an_empty_batch_is_no_failure() -> None:

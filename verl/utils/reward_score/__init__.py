@@ -73,6 +73,12 @@ def declare_from_row(data_source: str, extra_info: Mapping[str, Any]) -> None:
     _find.cache_clear()
 
 
+def declaration(data_source: str) -> dict[str, Any]:
+    """What rows declared of a data source, as their `extra_info`: for `declare_from_row` in another process."""
+    classes = _from_rows.get(data_source)
+    return {} if classes is None else {"classes": classes}
+
+
 def known_classes(data_source: str) -> tuple[str, ...] | None:
     """Labels of a data source in id order, or None when no task declares it."""
     scorer = _find(data_source, AnswerFormat.LOOSE)

@@ -20,7 +20,14 @@ from typing import Any, NamedTuple
 
 from verl.protocol import Prompt, Score
 from verl.utils.event_loop import LoopThread
-from verl.utils.reward_score import AnswerFormat, declare_from_row, declared_parts, get_scorer, known_classes
+from verl.utils.reward_score import (
+    AnswerFormat,
+    declaration,
+    declare_from_row,
+    declared_parts,
+    get_scorer,
+    known_classes,
+)
 from verl.utils.reward_score.adapter import RewardFunction
 from verl.utils.reward_score.composite import Composite
 from verl.utils.reward_score.custom import CustomFunction
@@ -54,6 +61,8 @@ class RewardManager:
     call). `judge` holds the options of `JudgeConfig`; None: soft parts are left out. The judge keeps limits of its own,
     not `timeout_s` and `max_concurrent`. `max_tokens` is the default limit of length parts.
     `guarded`: somebody outside ends a plain function that takes too long, so it runs here without a thread.
+    `sources`: what is to be scored, by data source the `extra_info` of a row; built now, not within the time of the
+    first answer.
     Raises ValueError for an illegal argument, and for a custom function that cannot be loaded or called.
     """
 
@@ -70,6 +79,7 @@ class RewardManager:
         parts: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
         guarded: bool = False,
+        sources: Mapping[str, Mapping[str, Any]] | None = None,
         warn: Callable[[str], None] = logger.warning,
     ) -> None:
         _check_name(name)
@@ -95,6 +105,8 @@ class RewardManager:
         self._lengths = [] if custom is None else length_rules(self._parts, max_tokens)
         self._rules = RewardFunction(self._rule, name="registered rule", warn=warn, copy_extra=False)
         self._waiting_rules = RewardFunction(self._waiting_rule, name="registered rule", warn=warn, copy_extra=False)
+        for source, extra in (sources or {}).items():
+            self._declared(source, extra)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -108,6 +120,7 @@ class RewardManager:
             "parts": _absolute_paths(self._parts),
             "max_tokens": self._max_tokens,
             "guarded": not self.is_async,
+            "sources": {source: declaration(source) for source in self._composites},
         }
 
     @property
@@ -143,8 +156,7 @@ class RewardManager:
             return
         for prompt in prompts:
             try:
-                declare_from_row(prompt.data_source, prompt.extra_info)
-                self._composite(prompt.data_source).scorer.label_id(prompt.ground_truth)
+                self._declared(prompt.data_source, prompt.extra_info).scorer.label_id(prompt.ground_truth)
             except ValueError as error:
                 raise ValueError(f"row {prompt.row} ({prompt.uid}): {error}") from error
 
@@ -199,10 +211,13 @@ class RewardManager:
         prompts = {item.prompt.data_source: item.prompt for item in items} if self._own is None else {}
         for source, prompt in prompts.items():
             try:
-                declare_from_row(source, prompt.extra_info)
-                self._composite(source)
+                self._declared(source, prompt.extra_info)
             except ValueError:
                 continue
+
+    def _declared(self, data_source: str, extra_info: Mapping[str, Any]) -> Composite:
+        declare_from_row(data_source, extra_info)
+        return self._composite(data_source)
 
     def _composite(self, data_source: str) -> Composite:
         found = self._composites.get(data_source)
@@ -243,14 +258,12 @@ class RewardManager:
         return function if self._guarded and not function.is_async else wrap(timeout_s=self.timeout_s)
 
     def _rule(self, data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any]) -> Score:
-        declare_from_row(data_source, extra_info)
-        return self._composite(data_source).score_now(solution_str, ground_truth, extra_info)
+        return self._declared(data_source, extra_info).score_now(solution_str, ground_truth, extra_info)
 
     async def _waiting_rule(
         self, data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any]
     ) -> Score:
-        declare_from_row(data_source, extra_info)
-        return await self._composite(data_source).score(solution_str, ground_truth, extra_info)
+        return await self._declared(data_source, extra_info).score(solution_str, ground_truth, extra_info)
 
     def check_rate(self, scores: Sequence[Score]) -> None:
         """Raises RewardFailureRateError, with the counts by reason, when too many scores of a batch failed.

@@ -73,8 +73,8 @@ class _Worker:
 
     def __init__(self, spec: dict[str, Any], hub: Any) -> None:
         self._notes: list[str] = []
-        judges: dict[JudgeConfig, RemoteJudge] = {}
-        use_judges(lambda config: judges.setdefault(config, RemoteJudge(hub, config)))
+        self._judges: dict[JudgeConfig, RemoteJudge] = {}
+        use_judges(lambda config: self._judges.setdefault(config, RemoteJudge(hub, config)))
         self.manager = RewardManager(**spec, warn=self._notes.append)
 
     def ready(self) -> int:
@@ -103,6 +103,7 @@ class AsyncWorker(_Worker):
     """Scores many answers at once in one event loop."""
 
     async def ready(self) -> int:  # type: ignore[override]
+        await asyncio.gather(*(judge.find() for judge in self._judges.values()))
         return os.getpid()
 
     async def beat(self) -> bool:
@@ -157,11 +158,15 @@ class RemoteJudge:
         self._hub, self._config = hub, config
         self._actor: Any = None
 
-    async def judge(self, request: JudgeRequest) -> Verdict:
-        """As `LLMJudge.judge`."""
+    async def find(self) -> Any:
+        """The judge's actor; asked for once."""
         if self._actor is None:
             self._actor = await self._hub.judge_for.remote(self._config)
-        found = await self._actor.judge.remote(request)
+        return self._actor
+
+    async def judge(self, request: JudgeRequest) -> Verdict:
+        """As `LLMJudge.judge`."""
+        found = await (await self.find()).judge.remote(request)
         if isinstance(found, Verdict):
             return found
         kind, message = found
