@@ -24,7 +24,7 @@ from verl.workers.reward_manager.dispatch import Answer
 from verl.workers.reward_manager.pool import RewardPool, dispatch_plan
 
 LIMIT_S = 3.0
-"""Longer than a busy machine keeps a process waiting for a core: the silence of a worker is judged by the wall clock."""
+"""Longer than a busy machine keeps a process waiting for a core: silence of a worker is judged by the wall clock."""
 ANSWER = "<think>a</think><class>{}</class><extension>{}</extension>"
 WITHOUT = """
 import os, re, signal, time
