@@ -22,12 +22,13 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import rows
 from scipy.stats import binomtest
+from stored import stored
 
 from verl.timeseries.tasks import get_task
 
@@ -138,23 +139,10 @@ def _call(command: Sequence[str], log: Path) -> None:
 
 
 def train(run: Run, recipe: Recipe) -> dict[str, Any]:
-    """Both stages; a run whose result is there is read, not run again."""
+    """Both stages; a run that this tree and recipe made is read, not run again."""
     folder = run.folder(recipe)
-    result = folder / "result.json"
-    if not result.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        log = folder / "log.txt"
-        begin = time.monotonic()
-        texts = recipe.data / f"{run.task}_{recipe.modality}" / "sft_fit.parquet"
-        size = ["--hidden", str(recipe.hidden), "--layers", str(recipe.layers)]
-        made = [*("--output", str(folder / "tiny"), "--texts", str(texts), "--seed", str(run.seed)), *size]
-        _call([sys.executable, "-m", "verl.models.tiny", *made], log)
-        _call(sft_command(run, recipe), log)
-        middle = time.monotonic()
-        _call(rl_command(run, recipe), log)
-        seconds = {"sft_seconds": middle - begin, "rl_seconds": time.monotonic() - middle}
-        result.write_text(json.dumps(_read(folder) | seconds, indent=1))
-    found: dict[str, Any] = json.loads(result.read_text())
+    settings = {"run": asdict(run), "recipe": {name: str(value) for name, value in asdict(recipe).items()}}
+    found = stored(folder / "result.json", settings, lambda: _train(run, recipe, folder))
     print(
         f"{run.task} seed {run.seed} {run.engine}: majority {found['majority']:.3f} sft {found['sft_acc']:.3f} "
         f"rl {found['rl_acc']:.3f} f1 {found['sft_f1']:.3f} -> {found['rl_f1']:.3f} "
@@ -162,6 +150,20 @@ def train(run: Run, recipe: Recipe) -> dict[str, Any]:
         flush=True,
     )
     return found
+
+
+def _train(run: Run, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    begin = time.monotonic()
+    texts = recipe.data / f"{run.task}_{recipe.modality}" / "sft_fit.parquet"
+    size = ["--hidden", str(recipe.hidden), "--layers", str(recipe.layers)]
+    made = [*("--output", str(folder / "tiny"), "--texts", str(texts), "--seed", str(run.seed)), *size]
+    _call([sys.executable, "-m", "verl.models.tiny", *made], log)
+    _call(sft_command(run, recipe), log)
+    middle = time.monotonic()
+    _call(rl_command(run, recipe), log)
+    return _read(folder) | {"sft_seconds": middle - begin, "rl_seconds": time.monotonic() - middle}
 
 
 def _report(run: Path) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def distance(one: Tensor, other: Tensor) -> float:
     return ((one - other).abs().mean() / other.abs().mean()).item()
 
 
-def test_in_fp32_every_cut_gives_the_padded_gradient(folder: Path, groups: list[TrainGroup]) -> None:
+def test_invariant_2_in_fp32_every_cut_gives_the_padded_gradient(folder: Path, groups: list[TrainGroup]) -> None:
     expected = padded_gradient(judge_of(folder, torch.float32), [groups])
     policy = policy_of(folder, torch.float32)
     found = [distance(packed_gradient(policy, cut), expected) for cut in cuts(groups)]

@@ -22,18 +22,22 @@ from verl.timeseries.task import TaskSpec
 from verl.timeseries.tasks import get_task
 
 
-def check_digests(folder: Path, task: TaskSpec) -> None:
-    """Raises ValueError, naming file and both digests, when a file the task knows is missing or differs."""
+def check_digests(folder: Path, task: TaskSpec, archive: Path | None = None) -> None:
+    """Raises ValueError, naming file and both digests, when a file the task knows is missing or differs.
+
+    `archive`: the zip that was unpacked into `folder`, which the messages name in its place.
+    """
     if task.download is None:
         raise ValueError(f"task {task.name} declares no download, so there is nothing to check {folder} against")
     for name, wanted in task.download.sha256.items():
         path = folder / name
+        named = path if archive is None else f"{archive}: member {name}"
         if not path.is_file():
-            raise ValueError(f"{path} is missing; the archive is incomplete")
+            raise ValueError(f"{named} is missing; the archive is incomplete")
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != wanted:
             raise ValueError(
-                f"{path}: sha256 is {found}, the published file has {wanted}; delete it and download again"
+                f"{named}: sha256 is {found}, the published file has {wanted}; delete it and download again"
             )
 
 
@@ -54,7 +58,7 @@ def unpack_zip(path: Path, into: Path, task: TaskSpec | None = None) -> list[str
             for info in members:
                 archive.extract(info, scratch)
             if task is not None:
-                check_digests(Path(scratch), task)
+                check_digests(Path(scratch), task, path)
             for info in members:
                 final = into / info.filename
                 final.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +71,7 @@ def unpack_zip(path: Path, into: Path, task: TaskSpec | None = None) -> list[str
 def _check_member(path: Path, info: zipfile.ZipInfo) -> None:
     name = PurePosixPath(info.filename.replace("\\", "/"))
     is_link = (info.external_attr >> 16) & 0o170000 == 0o120000
-    if name.is_absolute() or ".." in name.parts or name.parts[0].endswith(":") or is_link:
+    if name.is_absolute() or not name.parts or ".." in name.parts or name.parts[0].endswith(":") or is_link:
         raise ValueError(f"{path}: member {info.filename!r} would leave the folder; this is not the original archive")
 
 

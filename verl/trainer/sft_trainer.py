@@ -199,6 +199,8 @@ class SFTTrainer:
                 result = self._validate()
                 metrics |= result.metrics | {"val/parse_failure": result.parse_failure, "val/accuracy": result.accuracy}
                 reached = self._good_enough(result)
+                if last and not reached:
+                    self._say_unreached(result)
             # The row first: a run that resumes from the checkpoint goes on with the next step.
             self._log(metrics)
             if last or reached or self._due(self.config.trainer.save_freq):
@@ -236,6 +238,15 @@ class SFTTrainer:
     def _good_enough(self, result: ValidationResult) -> bool:
         limit = self.config.trainer.stop_parse_failure
         return limit is not None and result.parse_failure < limit
+
+    def _say_unreached(self, result: ValidationResult) -> None:
+        limit = self.config.trainer.stop_parse_failure
+        if limit is not None and self.rank == 0:
+            log.warning(
+                "training ends after step %d without reaching trainer.stop_parse_failure=%g: %.1f %% of the validation "
+                "answers are malformed; give it more epochs, steps or seconds",
+                *(self.step, limit, 100 * result.parse_failure),
+            )
 
     def _validate(self) -> ValidationResult:
         return self._score([e.prompt for e in self.data.validation], f"val_step_{self.step}")

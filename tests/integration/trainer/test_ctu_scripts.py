@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -145,3 +146,29 @@ def test_overrides_with_spaces_arrive_as_written_and_the_last_one_wins(tmp_path:
     found = overrides_of([*given, "trainer.experiment_name=last one"], tmp_path / "fake", MODEL_PATH="my models/tiny 1")
     assert found[-4:] == [*given, "trainer.experiment_name=last one"]
     assert "actor_rollout_ref.model.path=my models/tiny 1" in found
+
+
+@pytest.mark.slow
+def test_the_readmes_ctu_commands_run_as_written(archives: Path, tmp_path: Path) -> None:
+    """The block of three steps on two ranks and its evaluation, in a copy of the tracked files."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if "--output checkpoints/tiny-ctu" in block)
+    copy = tmp_path / "clone"
+    for file in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split():
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, copy / file)
+    (copy / ".venv").symlink_to(sys.prefix)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHONPATH")}
+    env |= {"TIMEMASTER_NO_SETUP": "1", "TIMEMASTER_STACK": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    data = f"bash {DATA_SCRIPT} --source {archives / 'ucr' / 'Computers'}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"{data}\n{block}"], cwd=copy, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run = copy / "checkpoints" / "TimeMaster_CTU" / "tiny"
+    assert pointer(run) == 3 and whole_checkpoints(run) == [3]
+    (report,) = (json.loads(path.read_text()) for path in (run / "eval" / "reports").glob("*.json"))
+    (found,) = report["reports"].values()
+    assert found["n_prompts"] == 250 and report["weights"].endswith("global_step_3/actor/huggingface")

@@ -51,12 +51,12 @@ def resumed_on_two_ranks(work: Path, data: Data, start: Path, long_run: Run, lau
     return launcher.run("main_ppo", [*overrides, "trainer.save_freq=-1"], folder).ok()
 
 
-def test_answers_and_scores_of_one_and_two_ranks_are_identical(long_run: Run, two_ranks: Run) -> None:
+def test_invariant_10_answers_and_scores_of_one_and_two_ranks_are_identical(long_run: Run, two_ranks: Run) -> None:
     """Invariant 10: sampling noise does not depend on the world size."""
     assert two_ranks.answers(1) == long_run.answers(1)
 
 
-def test_metrics_of_the_first_step_agree_on_one_and_two_ranks(long_run: Run, two_ranks: Run) -> None:
+def test_invariants_1_and_2_metrics_of_the_first_step_agree_on_one_and_two_ranks(long_run: Run, two_ranks: Run) -> None:
     """Invariants 1 and 2 for the whole loop: losses, KL, entropy, gradient norm."""
     assert differences(spreadless(two_ranks.steps[1]), without_saves(long_run.steps[1]), 1e-4) == []
 
@@ -109,7 +109,7 @@ def test_another_seed_gives_other_answers_and_other_rows(
     assert other_noise.answers(1) != long_run_here.answers(1)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_exactly(resumed: Run, long_run_here: Run) -> None:
+def test_invariant_4_a_resumed_run_equals_an_uninterrupted_one_exactly(resumed: Run, long_run_here: Run) -> None:
     """Invariant 4 on the same world size: every metric and every answer, bit for bit, validation included."""
     for step in (4, 5, 6):
         assert resumed.answers(step) == long_run_here.answers(step), f"step {step}"

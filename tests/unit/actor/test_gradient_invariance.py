@@ -47,7 +47,7 @@ VARIANTS = ("plain", "frozen", "checkpointed", "gathered")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_cut_gives_the_same_gradient_on_one_rank(
+def test_invariant_2_every_cut_gives_the_same_gradient_on_one_rank(
     variant: str, alone: None, tiny_folder: Path, tmp_path: Path, expected: dict[str, Tensor], monkeypatch
 ) -> None:
     monkeypatch.setattr("verl.models.policy.response_stats", ranks.response_stats)  # undone after the test
@@ -55,7 +55,7 @@ def test_every_cut_gives_the_same_gradient_on_one_rank(
     check(tmp_path, 1, expected, variant)
 
 
-def test_every_cut_gives_the_same_gradient_on_two_ranks(
+def test_invariant_2_every_cut_gives_the_same_gradient_on_two_ranks(
     tiny_folder: Path, tmp_path: Path, expected: dict[str, Tensor]
 ) -> None:
     on_ranks(2, run_all_variants, str(tiny_folder), str(tmp_path))

@@ -2,8 +2,7 @@
 
 Reads are found by type: variables, arguments and attributes annotated with a config class (or assigned from one) are
 followed through attribute chains, so `rollout.n` counts for the class of `rollout` alone. In verl/config only the
-modules whose results the trainer uses count. `pending_readers.txt` lists keys of code that is still to be written;
-run this file as a program to see which keys have no reader.
+modules whose results the trainer uses count. Run this file as a program to see which keys have no reader.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from verl.config.loader import SCHEMAS
 from verl.config.schema import hints, leaves
 
 ROOT = Path(__file__).resolve().parents[3]
-PENDING = Path(__file__).with_name("pending_readers.txt")
 COUNTED = ("derived.py", "plan.py")
 """Modules of verl/config that count: the trainer uses what they compute."""
 
@@ -152,17 +150,12 @@ def sources() -> list[Path]:
     return files + [config / name for name in COUNTED]
 
 
-def pending() -> list[str]:
-    return PENDING.read_text(encoding="utf-8").split("\n")[:-1] if PENDING.exists() else []
+def test_invariant_6_every_key_has_a_reader() -> None:
+    assert unread(sources()) == []
 
 
-def test_every_key_has_a_reader() -> None:
-    assert [key for key in unread(sources()) if key not in pending()] == []
-
-
-def test_pending_keys_and_one_value_keys_exist() -> None:
+def test_keys_of_one_value_exist() -> None:
     keys = {f"{file} {key}" for file, schema in SCHEMAS.items() for key, _ in leaves(schema.root)}
-    assert [key for key in pending() if key not in keys] == []
     assert [key for key in ONE_VALUE if f"ppo_trainer {key}" not in keys] == []
 
 

@@ -57,7 +57,7 @@ def run_packed(policy: Policy, batch: PackedBatch, source: StoredPatches) -> Tok
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_log_probs_entropies_and_every_gradient_equal_the_padded_forward(
+def test_invariant_1_log_probs_entropies_and_every_gradient_equal_the_padded_forward(
     name: str, policy: Policy, judge: PaddedReference, make: Maker, patches: StoredPatches
 ) -> None:
     groups = BATCHES[name](make)

@@ -162,7 +162,7 @@ def hugest_banned(folder: Path) -> Policy:
     return policy
 
 
-def test_banned_ids_are_never_drawn_even_when_their_logits_are_the_hugest(
+def test_invariant_8_banned_ids_are_never_drawn_even_when_their_logits_are_the_hugest(
     prompts: list[Prompt], tiny_folder: Path, patches: StoredPatches
 ) -> None:
     policy = hugest_banned(tiny_folder)
@@ -190,7 +190,7 @@ def test_the_trainer_gives_no_mass_to_what_the_sampler_may_not_draw(
     assert np.exp(log_probs.astype(np.float64)).sum() == pytest.approx(1.0, abs=1e-5)
 
 
-def test_the_same_name_gives_the_same_answers_whatever_the_batch(
+def test_invariant_10_the_same_name_gives_the_same_answers_whatever_the_batch(
     prompts: list[Prompt], shared_policy: Policy, patches: StoredPatches
 ) -> None:
     expected = dict(
