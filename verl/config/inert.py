@@ -111,6 +111,8 @@ def _generation(config: GenerationConfig) -> Inert:
     if not config.rollout.do_sample:
         for name in ("temperature", "top_k", "top_p"):
             yield f"rollout.{name}", "rollout.do_sample=False is greedy"
+    if config.rollout.load_format != "auto":
+        yield "rollout.load_format", "the engines read the weights from model.path"
     yield "rollout.checkpoint_engine.", "the engines read the weights from model.path"
     yield "rollout.val_kwargs.", "rollout.* itself says how to draw"
     yield from _of_the_other_engine("rollout", config.rollout, config.trainer.device)

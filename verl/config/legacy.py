@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -149,7 +149,9 @@ PPO_RULES: dict[str, Rule] = {
     "actor_rollout_ref.rollout.mode": warn("answers are scored while others are written in either mode", "sync"),
     "actor_rollout_ref.rollout.calculate_log_probs": warn("the sampler's log-probs are always kept", True),
     "actor_rollout_ref.rollout.logprobs_mode": missing("processed_logprobs"),
-    "actor_rollout_ref.rollout.enable_prefix_caching": missing(False),
+    "actor_rollout_ref.rollout.enable_prefix_caching": alias(
+        "actor_rollout_ref.rollout.engine_kwargs.vllm.enable_prefix_caching"
+    ),
     "actor_rollout_ref.rollout.engine_kwargs.*": missing(None),
     "actor_rollout_ref.rollout.checkpoint_engine.*": missing(),
     "actor_rollout_ref.rollout.quantization": missing(None),
@@ -206,9 +208,21 @@ SFT_RULES: dict[str, Rule] = {
     "hydra.*": warn("hydra's own output folder is not used; see trainer.default_local_dir"),
 }
 
+_WORKERS = "actor_rollout_ref."
+
+
+def _rollout_alone() -> dict[str, Rule]:
+    """The rules of the rollout, for a program whose config has no other workers."""
+    found = {name: rule for name, rule in PPO_RULES.items() if name.startswith(f"{_WORKERS}rollout.")}
+    return {
+        name.removeprefix(_WORKERS): replace(rule, target=rule.target and rule.target.removeprefix(_WORKERS))
+        for name, rule in found.items()
+    }
+
+
 GENERATION_RULES: dict[str, Rule] = {
     "actor.*": warn("nothing is trained here"),
-    "rollout.use_fire_sampling": warn("there is no FIRE sampling", False),
+    **_rollout_alone(),
     "trainer.project_name": warn("nothing is tracked here"),
     "trainer.experiment_name": warn("nothing is tracked here"),
     "hydra.*": warn("hydra's own output folder is not used; see data.output_path"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from compat_effects import ppo_effects, sft_effects
+from compat_effects import ppo_effects
+from compat_evidence import uses
+from compat_programs import evaluation_effects, generation_effects, sft_effects
 from config_cases import RUN_CTU, SMALL
 
 from verl.config.legacy import Level, find_rule
@@ -23,11 +26,23 @@ BASE = {
     "generation": [],
     "evaluation": [],
 }
-SIZES = [
-    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
-    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8",
-    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8",
-]
+"""The least that a run needs."""
+SHORT = {
+    "ppo_trainer": [
+        "data.train_batch_size=8",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+        "data.max_prompt_length=10",
+        "data.max_response_length=10",
+        "trainer.total_epochs=2",
+    ]
+}
+"""A run so short that its effects are soon known, with answers that fill its budgets."""
+EFFECTS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "ppo_trainer": ppo_effects,
+    "sft_trainer": sft_effects,
+    "generation": generation_effects,
+    "evaluation": evaluation_effects,
+}
 
 
 def rows(level: str) -> list[Any]:
@@ -56,8 +71,16 @@ def run(name: str, *overrides: str) -> Resolved:
 
 @cache
 def effects(name: str, *overrides: str) -> dict[str, Any]:
-    config = resolved(name, *overrides).config
-    return ppo_effects(config) if name == "ppo_trainer" else sft_effects(config)
+    return EFFECTS[name](resolved(name, *overrides).config)
+
+
+def differing(name: str, key: str, first: str | None, second: str, rest: Sequence[str]) -> list[str]:
+    """Phases of the run that differ between two values of `key` (None: its default), with `rest` set in both."""
+    common = {o.split("=", 1)[0]: o for o in [*BASE[name], *SHORT.get(name, []), *rest]}
+    own = common.pop(key, None)
+    before = effects(name, *common.values(), *([f"{key}={first}"] if first else [own] if own else []))
+    after = effects(name, *common.values(), f"{key}={second}")
+    return [phase for phase in before if before[phase] != after[phase]]
 
 
 @cache
@@ -75,31 +98,57 @@ def test_a_key_that_must_work_is_ours_and_has_their_default(name: str, key: str,
     assert found == wanted or [wanted] == found, f"{key}: {found!r} here, {wanted!r} listed"
 
 
-SEEN = [row for row in rows("must") if str(row.values[3]).startswith("=")]
+def shown(begin: str) -> list[Any]:
+    """The entries whose effect is written in a way that begins so."""
+    return [row for row in rows("must") if str(row.values[3]).startswith(begin)]
 
 
-@pytest.mark.parametrize(("name", "key", "default", "effect"), SEEN)
+@pytest.mark.parametrize(("name", "key", "default", "effect"), shown("="))
 def test_a_key_that_must_work_changes_what_the_run_does(name: str, key: str, default: Any, effect: str) -> None:
-    probe, _, rest = effect[1:].partition(" ") if not effect.startswith("={") else (effect[1:], "", "")
-    overrides = {o.split("=", 1)[0]: o for o in [*BASE[name], *rest.split()]}
-    micro = "micro_batch_size" in key
-    if micro:
-        overrides |= {o.split("=", 1)[0]: o for o in SIZES if o.split("=", 1)[0] != key}
-        overrides.pop(key.removesuffix("_per_gpu") + "_per_gpu", None)
-    without = [f"{key}=8"] if micro else [o for k, o in overrides.items() if k == key]
-    overrides.pop(key, None)
-    before = effects(name, *overrides.values(), *without)
-    after = effects(name, *overrides.values(), f"{key}={probe}")
-    assert [part for part in before if before[part] != after[part]], f"{key}={probe} changes nothing"
+    values, *rest = effect[1:].split(" ")
+    first, _, second = values.rpartition("|")
+    assert differing(name, key, first or None, second, rest), f"{key}={values} changes nothing"
 
 
-@pytest.mark.parametrize(
-    ("name", "key", "default", "effect"), [row for row in rows("must") if str(row.values[3]).startswith("in ")]
-)
+@pytest.mark.parametrize(("name", "key", "default", "effect"), shown("same "))
+def test_values_that_mean_the_same_do_the_same(name: str, key: str, default: Any, effect: str) -> None:
+    other = effect.removeprefix("same ").partition(":")[0]
+    assert differing(name, key, None, other, []) == []
+
+
+@pytest.mark.parametrize(("name", "key", "default", "effect"), shown("one "))
+def test_another_value_than_the_one_that_can_run_is_named(name: str, key: str, default: Any, effect: str) -> None:
+    other = effect.removeprefix("one ").partition(":")[0]
+    try:
+        said = run(name, f"{key}={other}").warnings
+    except ValueError as error:
+        said = tuple(str(error).splitlines())
+    assert [line for line in said if key.rpartition(".")[2] in line], f"{key}={other} passes without a word"
+
+
+@pytest.mark.parametrize(("name", "key", "default", "effect"), shown("tests/"))
 def test_an_effect_shown_elsewhere_is_shown_there(name: str, key: str, default: Any, effect: str) -> None:
-    file = ROOT / effect.removeprefix("in ")
-    assert file.is_file(), f"{key}: {file} does not exist"
-    assert key.rpartition(".")[2] in file.read_text(), f"{key} does not occur in {effect}"
+    assert uses(effect, key), f"{effect} does not set {key}"
+
+
+def test_every_effect_is_shown_in_a_way_that_is_checked() -> None:
+    ways = [row.id for begin in ("=", "same ", "one ", "tests/") for row in shown(begin)]
+    assert sorted(ways) == sorted(row.id for row in rows("must"))
+
+
+@pytest.mark.parametrize("name", list(LIST))
+def test_the_same_config_does_the_same_so_that_a_difference_means_something(name: str) -> None:
+    config = resolved(name, *BASE[name], *SHORT.get(name, [])).config
+    assert EFFECTS[name](config) == EFFECTS[name](config)
+
+
+def test_evidence_must_exist_and_set_the_key() -> None:
+    file = "tests/unit/rollout/test_vllm_plan.py"
+    assert uses(f"{file}::test_what_answers_mean_is_not_the_users_to_set", "trainer.n_gpus_per_node")
+    assert not uses(f"{file}::test_a_prompts_room_bounds_the_largest_image", "trainer.n_gpus_per_node")
+    for absent in (f"{file}::test_absent", "tests/absent.py::test_a", "verl/config/inert.py::inert_ppo"):
+        with pytest.raises(AssertionError, match=r"no such"):
+            uses(absent, "trainer.n_gpus_per_node")
 
 
 @pytest.mark.parametrize(("name", "old", "given", "new"), rows("alias"))
