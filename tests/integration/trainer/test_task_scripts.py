@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from in_process import rl_here, sft_here
-from runs import ROOT, Run
+from runs import ROOT, Run, whole_checkpoints
 from small_archives import write_har, write_whales
 
 from verl.models.tiny import TinySize, create_tiny_model, texts_of_parquet
@@ -31,7 +31,6 @@ SMALL_SFT = (
     "data.max_response_length=8",
     "data.max_length=1900",
     "data.max_prompt_length=1600",
-    "trainer.total_training_steps=1",
     "trainer.device=cpu",
     "model.enable_gradient_checkpointing=False",
 )
@@ -41,7 +40,6 @@ SMALL_RL = (
     "data.max_response_length=8",
     "actor_rollout_ref.actor.ppo_mini_batch_size=2",
     "actor_rollout_ref.rollout.n=2",
-    "trainer.total_training_steps=1",
     "trainer.val_before_train=False",
     "trainer.device=cpu",
     "trainer.logger=[console]",
@@ -57,6 +55,9 @@ class Case:
     source: Callable[[Path], Path] | str
     """Writes a small archive into a folder, or the folder's place among the real archives."""
     options: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.task}-{self.modality}"
 
 
 def write_pumps(folder: Path) -> Path:
@@ -77,13 +78,14 @@ def _few(rows: int, *options: str) -> tuple[str, ...]:
 CASES = [
     Case("har", "numeric", write_har, _few(12, "numeric.points=16")),
     Case("rcw", "image", write_whales),
-    pytest.param(Case("own", "image", write_pumps, ("csv.name=pumps",)), marks=pytest.mark.slow),
-    pytest.param(Case("har", "image", write_har, _few(12)), marks=pytest.mark.slow),
-    pytest.param(Case("tee", "image", "ucr/Lightning7", _few(14)), marks=pytest.mark.slow),
-    pytest.param(Case("ecg", "image", "cinc2017", _few(16)), marks=pytest.mark.slow),
-    pytest.param(Case("ctu", "image", "ucr/Computers", _few(10)), marks=pytest.mark.slow),
-    pytest.param(Case("emg", "image", "physionet_emgdb", _few(12)), marks=pytest.mark.slow),
-    pytest.param(Case("tee", "numeric", "ucr/Lightning7", _few(14, "numeric.points=40")), marks=pytest.mark.slow),
+    # From here on by hand.
+    Case("own", "image", write_pumps, ("csv.name=pumps",)),
+    Case("har", "image", write_har, _few(12)),
+    Case("tee", "image", "ucr/Lightning7", _few(14)),
+    Case("ecg", "image", "cinc2017", _few(16)),
+    Case("ctu", "image", "ucr/Computers", _few(10)),
+    Case("emg", "image", "physionet_emgdb", _few(12)),
+    Case("tee", "numeric", "ucr/Lightning7", _few(14, "numeric.points=40")),
 ]
 
 
@@ -109,34 +111,55 @@ def last_model(run: Run) -> str:
     return str(run.checkpoint(step) / "actor" / "huggingface")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.task}-{case.modality}")
+@pytest.fixture
+def train(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Case, int], tuple[Run, Run, Path]]:
+    """Builds a task's data, then runs its SFT script and its GRPO script for so many steps each."""
+
+    def run(case: Case, steps: int) -> tuple[Run, Run, Path]:
+        if isinstance(case.source, str):
+            source: Path = request.getfixturevalue("archives") / case.source
+        else:
+            source = case.source(tmp_path / "archive")
+        data = tmp_path / "data"
+        name = "csv" if case.task == "own" else case.task
+        arguments = [f"task={name}", f"source={source}", f"modality={case.modality}", f"output={data}", "workers=1"]
+        assert build.main([*arguments, *case.options]) == 0
+        tiny = tmp_path / "tiny"
+        create_tiny_model(tiny, texts_of_parquet([data / "sft_fit.parquet"]), size=SIZE, seed=0)
+        shared = {"DATA": str(data), "MODALITY": case.modality, "JUDGE": "False", "NAME": "pumps"}
+
+        def started(script: str, small: tuple[str, ...], folder: Path, model: str) -> list[str]:
+            extra = (*small, f"trainer.total_training_steps={steps}", f"trainer.default_local_dir={folder}")
+            return overrides_of(script, tmp_path / "bin", *extra, MODEL_PATH=model, **shared)
+
+        folders = tmp_path / "sft", tmp_path / "rl"
+        sft = sft_here(started(f"example/sft/run_{case.task}_sft.sh", SMALL_SFT, folders[0], str(tiny)), folders[0])
+        script = f"example/grpo_trainer/run_{case.task}.sh"
+        rl = rl_here(started(script, SMALL_RL, folders[1], last_model(sft.ok())), folders[1])
+        return sft, rl.ok(), data
+
+    return run
+
+
+@pytest.mark.parametrize("case", [*CASES[:2], *(pytest.param(c, marks=pytest.mark.slow) for c in CASES[2:])], ids=str)
 def test_a_task_trains_with_sft_then_grpo_from_its_scripts(
-    case: Case, request: pytest.FixtureRequest, tmp_path: Path
+    case: Case, train: Callable[[Case, int], tuple[Run, Run, Path]]
 ) -> None:
-    if isinstance(case.source, str):
-        source: Path = request.getfixturevalue("archives") / case.source
-    else:
-        source = case.source(tmp_path / "archive")
-    data = tmp_path / "data"
-    name = "csv" if case.task == "own" else case.task
-    arguments = [f"task={name}", f"source={source}", f"modality={case.modality}", f"output={data}", "workers=1"]
-    assert build.main([*arguments, *case.options]) == 0
-    tiny = tmp_path / "tiny"
-    create_tiny_model(tiny, texts_of_parquet([data / "sft_fit.parquet"]), size=SIZE, seed=0)
-    shared = {"DATA": str(data), "MODALITY": case.modality, "JUDGE": "False", "NAME": "pumps"}
-
-    sft = tmp_path / "sft"
-    script = f"example/sft/run_{case.task}_sft.sh"
-    extra = (*SMALL_SFT, f"trainer.default_local_dir={sft}")
-    run = sft_here(overrides_of(script, tmp_path / "bin", *extra, MODEL_PATH=str(tiny), **shared), sft).ok()
-    assert [row["training/global_step"] for row in run.rows if "training/global_step" in row] == [1.0]
-
-    rl = tmp_path / "rl"
-    script = f"example/grpo_trainer/run_{case.task}.sh"
-    extra = (*SMALL_RL, f"trainer.default_local_dir={rl}")
-    started = overrides_of(script, tmp_path / "bin", *extra, MODEL_PATH=last_model(run), **shared)
-    run = rl_here(started, rl).ok()
-    assert list(run.steps) == [1] and (rl / "global_step_1").is_dir()
-    (report,) = run.report("test")["reports"].values()
+    sft, rl, data = train(case, 1)
+    assert [row["training/global_step"] for row in sft.rows if "training/global_step" in row] == [1.0]
+    assert list(rl.steps) == [1] and rl.checkpoint(1).is_dir()
+    (report,) = rl.report("test")["reports"].values()
     card = json.loads((data / "data_card.json").read_text())
     assert report["n_prompts"] == card["rows"]["test"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_twenty_steps_of_each_stage_from_its_scripts(
+    case: Case, train: Callable[[Case, int], tuple[Run, Run, Path]]
+) -> None:
+    sft, rl, _ = train(case, 20)
+    losses = [row["train/loss"] for row in sft.rows if "train/loss" in row]
+    assert len(losses) == 20 and losses[-1] < losses[0]
+    assert list(rl.steps) == list(range(1, 21)) and whole_checkpoints(rl.folder)
+    assert all(np.isfinite(step["actor/grad_norm"]) for step in rl.steps.values())
