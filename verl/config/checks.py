@@ -14,6 +14,7 @@ from verl.config.derived import (
     clip_range,
     log_prob_tokens,
     sequence_limit,
+    sft_resume_mode,
     update_tokens,
     uses_reference,
     world_size,
@@ -439,7 +440,7 @@ def _sft_trainer(config: SFTConfig) -> Problems:
         trainer__max_seconds=trainer.max_seconds,
         trainer__max_actor_ckpt_to_keep=trainer.max_actor_ckpt_to_keep,
     )
-    yield from _resume(trainer.resume_mode, trainer.resume_path, "trainer.resume_path")
+    yield from _resume(sft_resume_mode(config), trainer.resume_path, "trainer.resume_path")
     yield from _names(trainer.project_name, trainer.experiment_name, trainer.default_local_dir)
     if trainer.log_val_generations < 0:
         yield f"trainer.log_val_generations={trainer.log_val_generations} must not be negative"

@@ -134,6 +134,13 @@ def max_context(config: PPOConfig) -> int:
     return sequence_limit(config) if limit is None else limit
 
 
+def sft_resume_mode(config: SFTConfig) -> str:
+    """`resume_path` where a path is given and no mode was asked for: verl's supervised trainer has that key alone."""
+    trainer = config.trainer
+    named = trainer.resume_path is not None and trainer.resume_mode == "auto"
+    return "resume_path" if named else trainer.resume_mode
+
+
 def sft_optim(config: SFTConfig) -> OptimConfig:
     """SFT's optimizer keys under the actor's names, for the one engine."""
     optim = config.optim

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from verl.config.derived import uses_adapters, uses_reference
+from verl.config.derived import sft_resume_mode, uses_adapters, uses_reference
 from verl.config.evaluation import EvaluationConfig
 from verl.config.generation import GenerationConfig
 from verl.config.nodes import FSDPConfig, ModelConfig, RolloutConfig
@@ -91,7 +91,8 @@ def _select(pairs: Inert, user_set: Mapping[str, str]) -> list[str]:
 
 
 def _untrained(config: PPOConfig) -> Inert:
-    if config.trainer.val_only and config.actor_rollout_ref.model.lora_adapter_path is None:
+    named = config.trainer.resume_mode not in ("auto", "disable")  # a checkpoint, whose adapters are then loaded
+    if config.trainer.val_only and not named and config.actor_rollout_ref.model.lora_adapter_path is None:
         yield (
             "actor_rollout_ref.model.lora_rank",
             "trainer.val_only=True trains nothing, and a new adapter changes nothing",
@@ -298,7 +299,7 @@ def _sft(config: SFTConfig) -> Inert:
         yield "data.seed", "data.shuffle=False"
     if trainer.total_training_steps is not None:
         yield "trainer.total_epochs", f"trainer.total_training_steps={trainer.total_training_steps} is set"
-    if trainer.resume_mode != "resume_path":
+    if sft_resume_mode(config) != "resume_path":
         yield "trainer.resume_path", f"trainer.resume_mode={trainer.resume_mode}"
     if config.custom_reward_function.path is None:
         yield "custom_reward_function.name", "custom_reward_function.path is null"

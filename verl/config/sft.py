@@ -174,9 +174,9 @@ class SFTTrainerConfig:
     max_actor_ckpt_to_keep: int | None
     """Older checkpoints are deleted once a new one is whole; null: keep all."""
     resume_mode: str
-    """auto (newest checkpoint of this run), disable, resume_path, or a path ending in global_step_N."""
+    """auto (resume_path where it is set, else the newest checkpoint of this run), disable, resume_path, or a path."""
     resume_path: str | None
-    """The global_step_N folder for resume_mode=resume_path."""
+    """The folder to go on from; it ends in global_step_N."""
     log_val_generations: int
     """Validation answers sent to the trackers each time."""
     validation_data_dir: str | None

@@ -42,6 +42,7 @@ from verl.utils.report.validation import check_metric_name
 from verl.utils.reward_score import known_classes
 from verl.utils.timing import Phases
 from verl.utils.tracking import Tracker
+from verl.workers.actor.build import check_same_adapters
 from verl.workers.reward_manager import reward_metrics
 from verl.workers.rollout.base import Sampling
 
@@ -86,6 +87,9 @@ class Trainer:
             if self.checkpoint is not None:
                 check_same_run(self.checkpoint, self.identity)
             self.checkpoints.lock()
+        if self.checkpoint is not None:
+            model = config.actor_rollout_ref.model
+            check_same_adapters(self.checkpoint, model, self.data.folder, "actor_rollout_ref.model")
         self.workers: Workers
         self.tracker: Tracker
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from verl.algorithms.aggregation import token_weights
 from verl.config import SFTConfig, load, to_dict, to_yaml
 from verl.config.cli import overrides_from
-from verl.config.derived import sft_model, sft_optim
+from verl.config.derived import config_differences, sft_model, sft_optim, sft_resume_mode
 from verl.models.freeze import parameter_table
 from verl.models.policy import check_model_folder, load_policy, open_tokenizer, stop_ids
 from verl.packing.balance import PATCH_WEIGHT, plan_mini_batch
@@ -49,7 +49,14 @@ from verl.utils.dataset.rows import Columns
 from verl.utils.dataset.sampler import Sampler
 from verl.utils.timing import Phases
 from verl.utils.tracking import Tracker
-from verl.workers.actor.build import build_policy, build_runner, build_train_engine, load_engine, save_engine
+from verl.workers.actor.build import (
+    build_policy,
+    build_runner,
+    build_train_engine,
+    check_same_adapters,
+    load_engine,
+    save_engine,
+)
 from verl.workers.actor.engine import full_parameters
 from verl.workers.actor.objective import SFTObjective, merge_metrics
 from verl.workers.rollout.base import RolloutEngine, Sampling
@@ -136,10 +143,11 @@ class SFTTrainer:
         self.checkpoints = CheckpointManager(self.run_dir, keep=trainer.max_actor_ckpt_to_keep)
         if self.rank == 0:
             self.checkpoints.lock()
-        self.checkpoint = self.checkpoints.find(trainer.resume_mode, trainer.resume_path)
+        self.checkpoint = self.checkpoints.find(sft_resume_mode(config), trainer.resume_path)
         self.identity = self._identity()
         if self.checkpoint is not None:
             check_same_run(self.checkpoint, self.identity)
+            check_same_adapters(self.checkpoint, sft_model(config), self.folder, "model")
         self._build_engines()
         self.step = 0
         self.finished = False
@@ -335,6 +343,7 @@ class SFTTrainer:
     def _save(self, metrics: dict[str, float], *, finished: bool) -> None:
         dtype = compute_dtype(self.config.rollout.dtype, self.device)
         state: dict[str, Any] = {"identity": self.identity, "sampler": self.sampler.state(), "finished": finished}
+        state["config"] = to_dict(self.config)
         with self._saving(state, metrics) as checkpoint:
             state["engine"] = save_engine(self.engine, checkpoint, source=self.folder, dtype=dtype)
 
@@ -357,6 +366,9 @@ class SFTTrainer:
         self.step = checkpoint.step
         self.finished = state["finished"] and self.config.trainer.stop_parse_failure is not None
         if self.rank == 0:
+            now = to_dict(self.config)
+            for line in config_differences(state.get("config", now), now):  # an older version stored none
+                log.warning("resumed with another setting than the checkpoint's: %s", line)
             print(f"resumed {checkpoint.path}", flush=True)
 
     def _log(self, metrics: dict[str, float]) -> None:

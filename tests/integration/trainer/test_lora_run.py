@@ -157,15 +157,60 @@ def test_an_adapter_of_another_rank_is_refused(work: Path, data: Data, start: Pa
     assert failed.code == 2 and "has 4: leave lora_rank out, the folder decides" in failed.err
 
 
-def test_sft_trains_adapters_and_freezes_by_pattern(work: Path, data: Data, tiny: Path) -> None:
+SFT = (
+    "model.lora_rank=4",
+    "model.target_modules=[q_proj,v_proj]",
+    "model.freeze=['*.layers.0.*']",
+    "trainer.total_training_steps=2",
+    "trainer.save_freq=2",
+    "optim.lr=1e-2",
+)
+
+
+@pytest.fixture(scope="module")
+def sft(work: Path, data: Data, tiny: Path) -> Run:
     folder = work / "lora_sft"
-    more = ("model.lora_rank=4", "model.target_modules=[q_proj,v_proj]", "model.freeze=['*.layers.0.*']",
-            "trainer.total_training_steps=2", "trainer.save_freq=2", "optim.lr=1e-2")  # fmt: skip
-    sft = sft_here(sft_overrides(data, tiny, folder, *more), folder).ok()
+    return sft_here(sft_overrides(data, tiny, folder, *SFT), folder).ok()
+
+
+def test_sft_trains_adapters_and_freezes_by_pattern(sft: Run, tiny: Path) -> None:
     before, after = weights(tiny), weights(sft.checkpoint(2) / "actor" / "huggingface")
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed and all(re.search(r"layers\.[1-9].*\.(q|v)_proj\.weight", name) for name in changed)
     assert_near(after, by_peft(tiny, sft.checkpoint(2) / "actor" / "lora_adapter"))
+
+
+def test_a_resume_path_alone_is_where_supervised_training_goes_on(work: Path, data: Data, tiny: Path, sft: Run) -> None:
+    folder = work / "lora_sft_on"
+    more = (*SFT, f"trainer.resume_path={sft.checkpoint(2)}", "trainer.total_training_steps=3")
+    done = sft_here(sft_overrides(data, tiny, folder, *more), folder).ok()
+    assert f"resumed {sft.checkpoint(2)}" in done.out and list(done.steps) == [3]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.lora_alpha=32", "was made with model.lora_alpha=16, this run has 32: set it to 16"),
+        ("model.lora_rank=2", "was made with model.lora_rank=4, this run has 2"),
+        ("model.lora_rank=0", "holds adapters of rank 4, this run has model.lora_rank=0: set it to 4"),
+        ("model.target_modules=[q_proj]", "model.target_modules less exclude_modules name"),
+    ],
+)
+def test_resuming_with_other_adapters_is_refused_by_name(
+    work: Path, data: Data, tiny: Path, sft: Run, override: str, message: str
+) -> None:
+    folder = work / "lora_sft_refused"
+    more = (*SFT, f"trainer.resume_path={sft.checkpoint(2)}", "trainer.total_training_steps=3", override)
+    done = sft_here(sft_overrides(data, tiny, folder, *more), folder)
+    assert done.code == 2 and message in done.err and str(sft.checkpoint(2)) in done.err, done.err
+
+
+def test_rl_refuses_the_adapters_of_another_scale_too(work: Path, data: Data, start: Path, run: Run) -> None:
+    more = (*THREE, f"{MODEL}.lora_alpha=16", "trainer.resume_mode=resume_path")
+    folder = work / "lora_rl_refused"
+    path = f"trainer.resume_from_path={run.checkpoint(3)}"
+    done = rl_here(rl_overrides(data, start, folder, *more, path), folder)
+    assert done.code == 2 and "was made with actor_rollout_ref.model.lora_alpha=8, this run has 16" in done.err
 
 
 def test_vllm_gets_the_merged_weights_and_agrees_with_the_adapted_actor(

@@ -140,6 +140,7 @@ def test_problems_are_reported_together() -> None:
         ({"trainer.max_seconds": 0.0}, "trainer.max_seconds"),
         ({"model.partial_pretrain": "hdfs://m"}, "model.partial_pretrain=hdfs://m"),
         ({"trainer.resume_mode": "resume_path"}, "needs trainer.resume_path"),
+        ({"trainer.resume_path": "x/latest"}, "trainer.resume_path=x/latest must end in global_step_N"),
     ],
 )
 def test_an_sft_contradiction_names_the_key_to_change(changes: dict[str, Any], message: str) -> None:

@@ -12,8 +12,16 @@ from transformers import PreTrainedModel
 
 from verl.config.nodes import FSDPConfig, ModelConfig, OptimConfig, Switch
 from verl.models.freeze import freeze
-from verl.models.lora import LoraSpec, add_adapters, is_adapter, load_adapter, read_spec, save_adapter
-from verl.models.policy import Policy, load_policy
+from verl.models.lora import (
+    LoraSpec,
+    add_adapters,
+    is_adapter,
+    load_adapter,
+    read_spec,
+    save_adapter,
+    target_layers,
+)
+from verl.models.policy import Policy, empty_model, load_policy
 from verl.utils.checkpoint.hf_export import export_huggingface, gather_full
 from verl.utils.checkpoint.manager import Checkpoint
 from verl.utils.checkpoint.sharded import load_optimizer, load_sharded, model_state, save_optimizer, save_sharded
@@ -108,6 +116,33 @@ def lora_spec(model: ModelConfig) -> LoraSpec | None:
         target_modules=model.target_modules,
         exclude_modules=model.exclude_modules or (),
     )
+
+
+def check_same_adapters(checkpoint: Checkpoint, model: ModelConfig, folder: Path, node: str) -> None:
+    """Raises ValueError naming the key of `node` by which a run's adapters are not those of the checkpoint.
+
+    `folder` is the model's. Rank, alpha and layers are compared: the same weights under another scale are another
+    model.
+    """
+    mine = lora_spec(model)
+    made = read_spec(checkpoint.adapter) if checkpoint.adapter.is_dir() else None
+    anew = "or set trainer.resume_mode=disable"
+    if made is None or mine is None:
+        if made is not mine:
+            rank, here = (0, model.lora_rank) if made is None else (made.rank, 0)
+            has = "holds no adapters" if made is None else f"holds adapters of rank {rank}"
+            raise ValueError(f"{checkpoint.path} {has}, this run has {node}.lora_rank={here}: set it to {rank}, {anew}")
+        return
+    for key, there, here in (("lora_rank", made.rank, mine.rank), ("lora_alpha", made.alpha, mine.alpha)):
+        if there != here:
+            was = f"{checkpoint.path} was made with {node}.{key}={there:g}"
+            raise ValueError(f"{was}, this run has {here:g}: set it to {there:g}, {anew}")
+    layers = target_layers(empty_model(folder, model.override_config), mine).keys()
+    if other := sorted(layers ^ set(made.target_modules)):
+        raise ValueError(
+            f"{checkpoint.path} has adapters on {len(made.target_modules)} layers and {node}.target_modules less "
+            f"exclude_modules name {len(layers)}; they differ in {', '.join(other[:3])}: set them as they were, {anew}"
+        )
 
 
 def shard_spec(fsdp: FSDPConfig, device: str, *, offload: Switch, trained: bool) -> ShardSpec:
