@@ -32,7 +32,8 @@ Made by `python3 scripts/make_key_docs.py` from the yaml files, the config class
 Settings are written `key=value`; the last one wins. A key that stands nowhere here is an error that names the nearest
 known one. Of the old names, *alias* means that the new name takes the value, *warn* that one warning says why it does
 nothing, *error* that the run is refused with the reason. Values in the last column ask for what happens anyway and
-pass without a word.
+pass without a word. A path that begins with `hdfs://` is an error, of inputs and of outputs; verl's further copy of
+outputs on HDFS, `trainer.default_hdfs_dir`, is a warning.
 """
 
 

@@ -19,6 +19,7 @@ from verl.config.derived import (
     uses_reference,
     world_size,
 )
+from verl.config.hdfs import no_input, no_output
 from verl.config.nodes import FSDPConfig, ModelConfig, RolloutConfig, SamplingConfig, ScoringConfig
 from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig, SFTModelConfig, SFTRolloutConfig
@@ -153,8 +154,9 @@ def _pixels(smallest: int | None, largest: int | None) -> Problems:
 def _paths(config: PPOConfig) -> Problems:
     data, custom = config.data, config.custom_reward_function
     yield from _files(train=data.train_files, val=data.val_files, test=data.test_files or ())
-    yield from _no_hdfs("actor_rollout_ref.model.path", config.actor_rollout_ref.model.path)
-    yield from _no_hdfs("trainer.default_local_dir", config.trainer.default_local_dir)
+    yield from no_input("actor_rollout_ref.model.path", config.actor_rollout_ref.model.path)
+    yield from no_output("trainer.rollout_data_dir", config.trainer.rollout_data_dir)
+    yield from _outputs(config)
     if data.test_files and config.trainer.keep_best and _same_file(data.val_files, data.test_files):
         yield (
             "data.test_files and data.val_files share a file: the test split would choose the checkpoint it is reported"
@@ -169,7 +171,7 @@ def _files(**splits: Sequence[str]) -> Problems:
         if not paths and split != "test":
             yield f"data.{split}_files is empty; give a parquet file"
         for path in paths:
-            yield from _no_hdfs(f"data.{split}_files", path)
+            yield from no_input(f"data.{split}_files", path)
 
 
 def _adapters(config: PPOConfig) -> Problems:
@@ -181,13 +183,16 @@ def _lora(node: str, model: ModelConfig | SFTModelConfig) -> Problems:
         yield f"{node}.lora_rank={model.lora_rank} must be 0 (no adapters) or at least 1"
     if model.lora_alpha <= 0:
         yield f"{node}.lora_alpha={model.lora_alpha} must be greater than 0"
+    yield from no_input(f"{node}.lora_adapter_path", model.lora_adapter_path)
     if not model.target_modules:
         yield f"{node}.target_modules is empty; name layers, or all-linear"
 
 
-def _no_hdfs(key: str, path: str) -> Problems:
-    if path.startswith("hdfs://"):
-        yield f"{key}={path}: HDFS is not supported; copy it to a local folder and name that"
+def _outputs(config: PPOConfig | SFTConfig) -> Problems:
+    trainer = config.trainer
+    yield from no_output("trainer.default_local_dir", trainer.default_local_dir)
+    yield from no_output("trainer.validation_data_dir", trainer.validation_data_dir)
+    yield from no_output("data.image_cache_dir", config.data.image_cache_dir)
 
 
 def _same_file(one: Sequence[str], other: Sequence[str]) -> bool:
@@ -410,8 +415,8 @@ def _sft_data(config: SFTConfig) -> Problems:
     yield from _pixels(data.min_pixels, data.max_pixels)
     yield from _files(train=data.train_files, val=data.val_files)
     yield from _lora("model", config.model)
-    yield from _no_hdfs("model.partial_pretrain", config.model.partial_pretrain)
-    yield from _no_hdfs("trainer.default_local_dir", config.trainer.default_local_dir)
+    yield from no_input("model.partial_pretrain", config.model.partial_pretrain)
+    yield from _outputs(config)
     if 0 < data.train_batch_size < ranks:
         yield f"data.train_batch_size={data.train_batch_size} is less than one row for each of {ranks} ranks"
     if data.max_length < data.max_prompt_length:

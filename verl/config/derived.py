@@ -192,6 +192,7 @@ def generation_engine(config: GenerationConfig, base: PPOConfig) -> PPOConfig:
         device=config.trainer.device,
         nnodes=config.trainer.nnodes,
         n_gpus_per_node=config.trainer.n_gpus_per_node,
+        ray_wait_timeout=config.trainer.ray_wait_timeout,
         val_only=True,
     )
     return replace(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from verl.config.hdfs import no_input, no_output
 from verl.config.nodes import CustomRewardConfig, ScoringConfig
 
 
@@ -44,8 +45,8 @@ def check_evaluation(config: EvaluationConfig) -> list[str]:
 
 
 def _problems(config: EvaluationConfig) -> Iterator[str]:
-    if config.data.path.startswith("hdfs://"):
-        yield f"data.path={config.data.path}: HDFS is not supported; copy it to a local folder and name that"
+    yield from no_input("data.path", config.data.path)
+    yield from no_output("data.report_path", config.data.report_path)
     if config.reward.timeout <= 0:
         yield f"reward.timeout={config.reward.timeout} must be greater than 0"
     if not 0 <= config.reward.max_failure_rate <= 1:

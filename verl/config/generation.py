@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from verl.config.hdfs import no_input, no_output
 from verl.config.nodes import Device, RolloutConfig
 from verl.config.ppo import Truncation
 
@@ -63,6 +64,8 @@ class GenerationTrainerConfig:
     """Machines."""
     n_gpus_per_node: int
     """Engine ranks per machine; on CPU the number of processes."""
+    ray_wait_timeout: float
+    """Seconds that the start waits for the nodes and GPUs of the run, saying every 10 s what is missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,7 @@ def _problems(config: GenerationConfig) -> Iterator[str]:
     sizes = {
         "trainer.nnodes": trainer.nnodes,
         "trainer.n_gpus_per_node": trainer.n_gpus_per_node,
+        "trainer.ray_wait_timeout": trainer.ray_wait_timeout,
         "data.n_samples": data.n_samples,
         "data.batch_size": data.batch_size,
         "rollout.prompt_length": rollout.prompt_length,
@@ -94,10 +98,11 @@ def _problems(config: GenerationConfig) -> Iterator[str]:
     yield from (f"{key}={value} must be greater than 0" for key, value in sizes.items() if value <= 0)
     if not data.path:
         yield "data.path is empty; give a parquet file"
-    named = (("data.output_path", data.output_path), ("model.path", config.model.path))
-    for key, path in (*(("data.path", p) for p in data.path), *named):
-        if path.startswith("hdfs://"):
-            yield f"{key}={path}: HDFS is not supported; name a local path"
+    for path in data.path:
+        yield from no_input("data.path", path)
+    yield from no_input("model.path", config.model.path)
+    yield from no_output("data.output_path", data.output_path)
+    yield from no_output("data.image_cache_dir", data.image_cache_dir)
     if rollout.n != data.n_samples:
         yield f"rollout.n={rollout.n} follows data.n_samples={data.n_samples}; set data.n_samples"
     greedy = not rollout.do_sample or rollout.temperature == 0

@@ -205,10 +205,12 @@ def _actor(config: PPOConfig) -> Inert:
         yield f"{_ACTOR}.data_loader_seed", f"{_ACTOR}.shuffle=False"
     if actor.policy_loss.loss_mode != "vanilla":
         yield f"{_ACTOR}.clip_ratio_c", f"{_ACTOR}.policy_loss.loss_mode={actor.policy_loss.loss_mode} has no dual clip"
-    yield from _offload(f"{_ACTOR}.fsdp_config", actor.fsdp_config, config.trainer.device)
+    yield from _device(f"{_ACTOR}.fsdp_config", actor.fsdp_config, config.trainer.device)
 
 
-def _offload(node: str, fsdp: FSDPConfig, device: str) -> Inert:
+def _device(node: str, fsdp: FSDPConfig, device: str) -> Inert:
+    if fsdp.use_torch_compile and device == "cpu":
+        yield f"{node}.use_torch_compile", "trainer.device=cpu: only what runs on CUDA is compiled"
     on_host = {"param_offload": fsdp.param_offload, "optimizer_offload": fsdp.optimizer_offload}
     for name in (name for name, asked in on_host.items() if asked is True and device == "cpu"):
         yield f"{node}.{name}", "trainer.device=cpu has no other memory than the host's"
@@ -292,7 +294,7 @@ def _sft(config: SFTConfig) -> Inert:
     if not rollout.do_sample:
         for name in ("temperature", "top_k", "top_p"):
             yield f"rollout.{name}", "rollout.do_sample=False is greedy"
-    yield from _offload("model.fsdp_config", config.model.fsdp_config, trainer.device)
+    yield from _device("model.fsdp_config", config.model.fsdp_config, trainer.device)
     if config.optim.lr_scheduler == "constant":
         yield "optim.min_lr_ratio", "optim.lr_scheduler=constant"
     if not config.data.shuffle:

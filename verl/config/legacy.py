@@ -69,6 +69,7 @@ _NOTHING_IN_VERL = "it does nothing in verl either"
 _ALL_SAVED = "not implemented yet: a checkpoint always holds model, optimizer, counters and a Hugging Face copy"
 _CONTENTS = (["model", "optimizer", "extra"], ["model", "optimizer", "extra", "hf_model"], None)
 _RUNTIME_ENV = "workers run the code and packages of their node, which must be the driver's (checked at start)"
+_NO_REGISTER_CENTRE = "there is no register centre; trainer.ray_wait_timeout limits the wait for nodes"
 _V1 = "it belongs to verl's other trainer"
 
 
@@ -176,9 +177,7 @@ PPO_RULES: dict[str, Rule] = {
     "trainer.default_hdfs_dir": warn(_HDFS, None),
     "trainer.del_local_ckpt_after_load": warn("a checkpoint is never deleted for having been read", False),
     "trainer.max_critic_ckpt_to_keep": warn(_NO_CRITIC, None),
-    "trainer.ray_wait_register_center_timeout": warn(
-        "there is no register centre; trainer.ray_wait_timeout limits the wait for nodes"
-    ),
+    "trainer.ray_wait_register_center_timeout": warn(_NO_REGISTER_CENTRE),
     "trainer.esi_redundant_time": warn("there is no expiring instance to save for", 0),
     "trainer.use_v1": warn(_V1, False),
     "trainer.v1.*": warn(_V1),
@@ -224,6 +223,7 @@ GENERATION_RULES: dict[str, Rule] = {
     "actor.*": warn("nothing is trained here"),
     **_rollout_alone(),
     "trainer.project_name": warn("nothing is tracked here"),
+    "trainer.ray_wait_register_center_timeout": warn(_NO_REGISTER_CENTRE),
     "trainer.experiment_name": warn("nothing is tracked here"),
     "hydra.*": warn("hydra's own output folder is not used; see data.output_path"),
     "ray_init.*": warn("Ray is started as for training; set RAY_ADDRESS to join a cluster"),

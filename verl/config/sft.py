@@ -83,7 +83,7 @@ class SFTModelConfig:
     exclude_modules: tuple[str, ...] | None
     """Layers without one, though target_modules names them; .*visual.* leaves out the vision tower."""
     lora_adapter_path: str | None
-    """Start from this folder of peft; it decides rank, alpha and layers. The reference is the base without it."""
+    """Start from this folder of peft; it decides rank, alpha and layers; its base is partial_pretrain."""
     use_liger: bool
     """Liger's Triton kernels for norms and gated activations; needs CUDA and the package liger-kernel."""
     freeze_vision_tower: bool

@@ -25,7 +25,7 @@ from verl.utils.files import write_text_atomic
 from verl.utils.report.validation import SourceReport, ValidationRow, classification_report, validation_metrics
 from verl.utils.reward_score import known_classes
 from verl.utils.reward_score.custom import CustomFunction
-from verl.workers.reward_manager import RewardItem, RewardManager
+from verl.workers.reward_manager import RewardFailureRateError, RewardItem, RewardManager
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, SourceReport]:
@@ -112,6 +112,9 @@ def main(overrides: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RewardFailureRateError as error:  # the message says it all
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     for name, value in validation_metrics(reports).items():
         print(f"{name.removeprefix('val/')}: {value:.4f}")
     if config.data.report_path is not None:

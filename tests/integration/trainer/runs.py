@@ -297,9 +297,9 @@ class Launcher:
         with self.start(module, overrides, folder, **env) as started:
             return started.wait()
 
-    def torchrun(self, ranks: int, overrides: Sequence[str], folder: Path) -> Run:
+    def torchrun(self, ranks: int, overrides: Sequence[str], folder: Path, module: str = "sft_trainer") -> Run:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        with Started([*launcher, "-m", "verl.trainer.sft_trainer", *overrides], folder, self.env) as started:
+        with Started([*launcher, "-m", f"verl.trainer.{module}", *overrides], folder, self.env) as started:
             return started.wait()
 
     def start_torchrun_node(self, node: int, nodes: int, port: int, overrides: Sequence[str], folder: Path) -> Started:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from in_process import generation_here, sft_here
+from in_process import generation_here
 from model_fixtures import write_tiny
 from runs import ROOT, Data, Launcher, Run, sft_overrides
 
 from verl.config.loader import load, resolve
-from verl.trainer import fsdp_sft_trainer, main_eval, main_generation, main_generation_server, sft_trainer
+from verl.trainer import main_eval
 
 CLASSES = ("Standing", "Running", "Walking", "Badminton")
 
@@ -151,24 +152,67 @@ def test_evaluation_takes_a_users_function_and_a_single_text_a_row(
     assert "no column 'answer' (data.response_key)" in capsys.readouterr().err
 
 
-def test_the_old_name_of_the_supervised_trainer_is_the_same_program(work: Path, data: Data, tiny: Path) -> None:
+def test_evaluation_that_cannot_score_too_many_answers_ends_with_one_line(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    function, file, report = work / "broken.py", work / "unscored.parquet", work / "unscored.json"
+    function.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    raise KeyError(1)\n"
+    )
+    pq.write_table(pa.table({"data_source": ["m"], "responses": ["a"], "reward_model": [{"ground_truth": "x"}]}), file)
+    options = [f"data.path={file}", f"custom_reward_function.path={function}", f"data.report_path={report}"]
+    assert main_eval.main(options) == 1
+    shown = capsys.readouterr()
+    (line,) = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    assert "1 of 1" in line and "reward.max_failure_rate" in line and "KeyError" in line
+    assert shown.out == "" and not report.exists()
+
+
+def test_the_old_name_of_the_supervised_trainer_runs_under_torchrun(
+    work: Path, data: Data, tiny: Path, launcher: Launcher
+) -> None:
     rows = data.edited(work / "sft_three.parquet", "sft_fit", lambda number, row: None, rows=3)
     folder = work / "fsdp_sft"
     files = (f"data.train_files={rows}", f"data.val_files={rows}", "data.train_batch_size=3")
     steps = ("trainer.total_training_steps=1", "trainer.save_freq=-1")
-    assert fsdp_sft_trainer.main is sft_trainer.main
-    run = sft_here(sft_overrides(data, tiny, folder, *files, *steps), folder).ok()
-    assert run.rows[-1]["step"] == 1
-    assert main_generation_server.main is main_generation.main
+    run = launcher.torchrun(1, sft_overrides(data, tiny, folder, *files, *steps), folder, module="fsdp_sft_trainer")
+    assert run.ok().rows[-1]["step"] == 1 and (run.checkpoint(1) / "actor" / "huggingface").is_dir()
 
 
-@pytest.mark.parametrize(
-    "module", ["main_eval", "main_generation", "main_generation_server", "fsdp_sft_trainer", "sft_trainer", "main_ppo"]
-)
-def test_every_entry_point_answers_help(module: str, capsys: pytest.CaptureFixture[str]) -> None:
-    program = __import__(f"verl.trainer.{module}", fromlist=["main"])
-    assert program.main(["--help"]) == 0
-    assert "write settings as key=value" in capsys.readouterr().out
+PROGRAMS = {
+    ("verl.trainer.fsdp_sft_trainer",): "model.partial_pretrain",
+    ("verl.trainer.main_generation",): "data.output_path",
+    ("verl.trainer.main_generation_server",): "data.output_path",
+    ("verl.trainer.main_eval",): "data.response_key",
+    ("verl.trainer.main_ppo",): "actor_rollout_ref.rollout.n",
+    ("verl.model_merger", "merge"): "--target_dir",
+}
+"""Command -> a setting that its help must name."""
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[tuple[str, ...], subprocess.Popen[str]]:
+    """All programs at once: most of their time goes into imports."""
+    started = {}
+    for command in PROGRAMS:
+        line = [sys.executable, "-m", *command, "--help"]
+        started[command] = subprocess.Popen(
+            line,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "COLUMNS": "160"},
+        )
+    return started
+
+
+@pytest.mark.parametrize("command", PROGRAMS, ids=" ".join)
+def test_every_program_answers_help_with_its_settings(
+    helps: dict[tuple[str, ...], subprocess.Popen[str]], command: tuple[str, ...]
+) -> None:
+    out, err = helps[command].communicate(timeout=300)
+    assert helps[command].returncode == 0 and PROGRAMS[command] in out.split(), (out[-2000:], err[-2000:])
 
 
 def test_generation_defaults_are_the_originals() -> None:

@@ -184,6 +184,11 @@ def test_an_sft_contradiction_names_the_key_to_change(changes: dict[str, Any], m
             "no other memory",
         ),
         (
+            {"trainer.device": "cpu"},
+            f"{A}.fsdp_config.use_torch_compile",
+            "trainer.device=cpu: only what runs on CUDA is compiled",
+        ),
+        (
             {f"{A}.fsdp_config.param_offload": True, f"{A}.fsdp_config.optimizer_offload": True},
             f"{A}.fsdp_config.optimizer_offload",
             "on the host already",

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from verl.trainer.ppo.metrics import actor_metrics
+from verl.trainer.ppo.mfu import FlopMeter
+from verl.workers.runtime import memory_metrics
+
+NAMES = yaml.safe_load((Path(__file__).parents[2] / "golden" / "compat_metrics.yaml").read_text())
 
 
 def step(norm: float, lr: float = 0.1, **more: float) -> dict[str, float]:
@@ -28,3 +37,19 @@ def test_steps_without_a_scored_answer_count_as_skipped_and_enter_no_mean() -> N
     empty = {"grad_norm": 0.0, "lr": 0.1, "skipped": 1.0}
     metrics = actor_metrics([step(4.0), empty], 0.0)
     assert (metrics["actor/grad_norm"], metrics["actor/pg_loss"], metrics["training/skipped_steps"]) == (4.0, 1.0, 1.0)
+
+
+def test_the_metrics_of_a_gpu_have_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("mem_get_info", (1, 4)), ("max_memory_allocated", 2 << 30), ("max_memory_reserved", 3 << 30)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    counter: Any = SimpleNamespace(forward=lambda groups, shared: 6e12)
+    meter = FlopMeter(counter, peak=1e12, ranks=2)
+    for kind, passes in (("actor", 3), ("actor_infer", 1)):
+        meter.add(kind, [], passes=passes)
+    found = meter.metrics({"update_actor": 10.0, "old_log_prob": 2.0, "ref": 1.0}) | memory_metrics("cuda")
+    assert {name: found.get(name) for name in NAMES["cuda"]} == {
+        "perf/mfu/actor": pytest.approx(0.9),
+        "perf/mfu/actor_infer": pytest.approx(1.0),
+        "perf/max_memory_allocated_gb": 2.0,
+        "perf/max_memory_reserved_gb": 3.0,
+    }

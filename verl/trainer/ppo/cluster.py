@@ -152,9 +152,15 @@ def start_workers(
 
 
 def check_nodes(config: PPOConfig, parts: Sequence[Placement], stores: Sequence[Path], *, writes: bool) -> None:
-    """Raises NotSharedError unless every node of `parts` sees outputs, model and images. `writes`: checkpoints too."""
+    """Raises NotSharedError unless every node of `parts` sees outputs, model, adapter and images.
+
+    `writes`: checkpoints too.
+    """
     nodes = {node.id: node for part in parts for node in part.nodes}
-    inputs = {"actor_rollout_ref.model.path": check_model_folder(config.actor_rollout_ref.model.path)}
+    model = config.actor_rollout_ref.model
+    inputs = {"actor_rollout_ref.model.path": check_model_folder(model.path)}
+    if model.lora_adapter_path is not None:
+        inputs["actor_rollout_ref.model.lora_adapter_path"] = Path(model.lora_adapter_path)
     inputs |= {f"image store {number} (data.image_cache_dir)": path for number, path in enumerate(stores)}
     outputs = Path(config.trainer.default_local_dir) if writes else None
     check_shared(list(nodes.values()), outputs=outputs, inputs=inputs)
