@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -183,11 +186,125 @@ def test_wandb_works_offline_and_stores_no_secret(tmp_path: Path, monkeypatch: p
         tracker.log(1, {"critic/score/mean": 0.5})
         tracker.log_samples(1, [SAMPLE])
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    (record,) = run.glob("*.wandb")
-    stored = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
-    assert b"critic/score/mean" in record.read_bytes() and b"4242" in stored
+    end, wanted = time.monotonic() + 60, (b"critic/score/mean", b"4242", b"<class>Desktop</class>")
+    while True:  # wandb's own process may write its last file after the run has ended
+        stored = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
+        if (all(text in stored for text in wanted) and len(list(run.rglob("*.png"))) == 1) or time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    assert [text for text in wanted if text not in stored] == [] and len(list(run.rglob("*.png"))) == 1
     assert b"super-secret" not in stored and b"another-secret" not in stored
-    assert len(list(run.rglob("*.png"))) == 1 and b"<class>Desktop</class>" in stored
+
+
+class Recorded(ModuleType):
+    """Stands in for a tracker that is not installed: only the calls of its documentation, with their parameters."""
+
+    def __init__(self, name: str, **signatures: str) -> None:
+        super().__init__(name)
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        for call, parameters in signatures.items():
+            setattr(self, call, self._of(call, parameters.split()))
+
+    def _of(self, call: str, parameters: list[str]) -> Any:
+        signature = inspect.Signature(
+            [inspect.Parameter(p, inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in parameters]
+        )
+
+        def made(*args: Any, **kwargs: Any) -> Any:
+            given = dict(signature.bind_partial(*args, **kwargs).arguments)
+            self.calls.append((call, given))
+            return SimpleNamespace(kind=call, **given)
+
+        return made
+
+    def of(self, call: str) -> list[dict[str, Any]]:
+        return [given for name, given in self.calls if name == call]
+
+
+UNSCORED = Sample("val-4", "And this?", "no idea", "Desktop", None)
+
+
+def through(name: str, folder: Path) -> None:
+    with make([name], folder) as tracker:
+        assert tracker.active == ("file", name)
+        tracker.log(2, {"critic/score/mean": 0.5, "val-core/x/acc/mean@1": 0.25, "bad": math.nan, "text": "x"})
+        tracker.log_samples(2, [SAMPLE, UNSCORED])
+        assert tracker.active == ("file", name), "a call failed"
+
+
+def test_mlflow_gets_metrics_and_plots_beside_their_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = Recorded(
+        "mlflow",
+        set_experiment="experiment_name",
+        start_run="run_id experiment_id run_name",
+        log_dict="dictionary artifact_file",
+        log_metrics="metrics step",
+        log_image="image artifact_file",
+        end_run="status",
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    through("mlflow", tmp_path)
+    assert mlflow.of("log_metrics") == [
+        {"metrics": {"critic/score/mean": 0.5, "val-core/x/acc/mean_at_1": 0.25}, "step": 2}
+    ]
+    (image,) = mlflow.of("log_image")
+    assert image["image"].size == (28, 28) and image["artifact_file"] == "samples/step_2/0.png"
+    _, answers = mlflow.of("log_dict")
+    assert answers["artifact_file"] == "samples/step_2.json"
+    assert answers["dictionary"]["plot"] == ["step_2/0.png", None]
+    assert answers["dictionary"]["answer"] == [SAMPLE.answer, "no idea"]
+    assert mlflow.calls[0][0] == "set_experiment" and mlflow.calls[-1][0] == "end_run"
+
+
+def test_swanlab_gets_metrics_and_plots_captioned_by_their_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swanlab = Recorded(
+        "swanlab",
+        init="project experiment_name config logdir mode settings",
+        log="data step",
+        Settings="probe terminal",
+        Text="data caption",
+        Image="data_or_path mode caption",
+        finish="",
+    )
+    swanlab.Settings.Probe = lambda **given: given
+    swanlab.Settings.Terminal = lambda **given: given
+    monkeypatch.setitem(sys.modules, "swanlab", swanlab)
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    through("swanlab", tmp_path)
+    (init,) = swanlab.of("init")
+    assert init["settings"].probe["runtime"] is False, "the command line would be stored"
+    metrics, shown = swanlab.of("log")
+    assert metrics == {"data": {"critic/score/mean": 0.5, "val-core/x/acc/mean@1": 0.25}, "step": 2}
+    (plot,) = shown["data"]["samples_plots"]
+    assert plot.kind == "Image" and plot.data_or_path.size == (28, 28)
+    assert SAMPLE.answer in plot.caption and "label Laptop" in plot.caption and "score 0.1" in plot.caption
+    assert [text.data for text in shown["data"]["samples"]] == [SAMPLE.answer, "no idea"]
+    assert swanlab.calls[-1][0] == "finish"
+
+
+def test_volcengines_wandb_gets_metrics_and_plots_captioned_by_their_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = Recorded("volcengine_ml_platform.wandb", init="project name config", log="data step",
+                     Image="data_or_path mode caption", finish="")  # fmt: skip
+    rows: list[tuple[Any, ...]] = []
+    wandb.Table = lambda columns: SimpleNamespace(columns=columns, add_data=lambda *row: rows.append(row))
+    platform = Recorded("volcengine_ml_platform", init="ak sk region")
+    monkeypatch.setitem(sys.modules, platform.__name__, platform)
+    monkeypatch.setitem(sys.modules, wandb.__name__, wandb)
+    for number, name in enumerate(("VOLC_ACCESS_KEY_ID", "VOLC_SECRET_ACCESS_KEY", "MLP_TRACKING_REGION")):
+        monkeypatch.setenv(name, f"value-{number}-of-the-user")
+    through("vemlp_wandb", tmp_path)
+    assert platform.of("init") == [
+        {"ak": "value-0-of-the-user", "sk": "value-1-of-the-user", "region": "value-2-of-the-user"}
+    ]
+    metrics, shown = wandb.of("log")
+    assert metrics["data"] == {"critic/score/mean": 0.5, "val-core/x/acc/mean@1": 0.25}
+    (plot,) = shown["data"]["samples_plots"]
+    assert plot.data_or_path.size == (28, 28) and SAMPLE.answer in plot.caption
+    assert [row[1] for row in rows] == ["val-3", "val-4"] and wandb.calls[-1][0] == "finish"
 
 
 def test_an_unknown_tracker_is_a_user_error_and_a_missing_package_is_not(

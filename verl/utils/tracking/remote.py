@@ -1,6 +1,7 @@
 """Experiment trackers of other makers. Each is imported only when asked for, and never prompts.
 
-Run on wandb 0.31. wandb's own metadata (command line, host, git) is switched off: overrides may hold a secret.
+Run on wandb 0.31, mlflow 3.17 and swanlab 0.10; Volcengine's is written to wandb's interface, as verl uses it. What a
+tracker collects by itself (command line, host, git) is switched off: overrides may hold a secret.
 """
 
 from __future__ import annotations
@@ -65,23 +66,30 @@ class WandbBackend:
         self._run.log(finite(metrics), step=step)
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        from PIL import Image
-
-        table = self._wandb.Table(columns=["step", "uid", "prompt", "answer", "label", "score"])
-        for s in samples:
-            table.add_data(step, s.uid, s.prompt, s.answer, s.label, s.score)
-        # Beside the table, not in it: an offline run leaves out the files of a table's images.
-        plots = [
-            self._wandb.Image(
-                Image.open(io.BytesIO(s.image)), caption=f"{s.uid} | label {s.label} | score {s.score}\n{s.answer}"
-            )
-            for s in samples
-            if s.image is not None
-        ]
-        self._run.log({"samples": table, **({"samples_plots": plots} if plots else {})}, step=step)
+        self._run.log(_wandb_samples(self._wandb, step, samples), step=step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _wandb_samples(wandb: Any, step: int, samples: Sequence[Sample]) -> dict[str, Any]:
+    """A table of answers, and the plots with theirs, in the types of a module with wandb's interface."""
+    table = wandb.Table(columns=["step", "uid", "prompt", "answer", "label", "score"])
+    for s in samples:
+        table.add_data(step, s.uid, s.prompt, s.answer, s.label, s.score)
+    # Beside the table, not in it: an offline run leaves out the files of a table's images.
+    plots = [wandb.Image(_opened(s.image), caption=_caption(s)) for s in samples if s.image is not None]
+    return {"samples": table, **({"samples_plots": plots} if plots else {})}
+
+
+def _opened(image: bytes) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(image)).convert("RGB")
+
+
+def _caption(sample: Sample) -> str:
+    return f"{sample.uid} | label {sample.label} | score {sample.score}\n{sample.answer}"
 
 
 def _run_id(run: RunInfo) -> str:
@@ -127,7 +135,7 @@ class VemlpWandbBackend:
         self._wandb.log(finite(metrics), step=step)
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Not offered there; samples.jsonl has them."""
+        self._wandb.log(_wandb_samples(self._wandb, step, samples), step=step)
 
     def close(self) -> None:
         self._wandb.finish()
@@ -148,8 +156,12 @@ class MlflowBackend:
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         columns = ("uid", "prompt", "answer", "label", "score")
-        rows = {name: [getattr(sample, name) for sample in samples] for name in columns}
+        rows: dict[str, list[Any]] = {name: [getattr(sample, name) for sample in samples] for name in columns}
+        rows["plot"] = [None if s.image is None else f"step_{step}/{number}.png" for number, s in enumerate(samples)]
         self._mlflow.log_dict(rows, f"samples/step_{step}.json")
+        for sample, plot in zip(samples, rows["plot"], strict=True):
+            if sample.image is not None:
+                self._mlflow.log_image(_opened(sample.image), artifact_file=f"samples/{plot}")
 
     def close(self) -> None:
         self._mlflow.end_run()
@@ -163,21 +175,32 @@ class SwanlabBackend:
         key, mode = os.environ.get("SWANLAB_API_KEY"), os.environ.get("SWANLAB_MODE", "cloud")
         if mode == "cloud" and not key:
             raise BackendUnavailable("no login (set SWANLAB_API_KEY, or SWANLAB_MODE=local)")
+        if not hasattr(getattr(self._swanlab, "Settings", None), "Probe"):
+            raise BackendUnavailable("swanlab 0.10 or newer is needed: older ones store the command line")
         if mode == "cloud":
             self._swanlab.login(key)
+        settings = self._swanlab.Settings
         self._swanlab.init(
             project=run.project,
             experiment_name=run.experiment,
             config=dict(run.config),
             logdir=os.environ.get("SWANLAB_LOG_DIR") or "swanlog",
             mode=mode,
+            settings=settings(
+                probe=settings.Probe(runtime=False, git=False, requirements=False),
+                terminal=settings.Terminal(proxy_type="none"),
+            ),
         )
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._swanlab.log(finite(metrics), step=step)
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        self._swanlab.log({"samples": [self._swanlab.Text(s.answer, caption=s.uid) for s in samples]}, step=step)
+        shown: dict[str, Any] = {"samples": [self._swanlab.Text(s.answer, caption=s.uid) for s in samples]}
+        plots = [s for s in samples if s.image is not None]
+        if plots:
+            shown["samples_plots"] = [self._swanlab.Image(_opened(s.image), caption=_caption(s)) for s in plots]
+        self._swanlab.log(shown, step=step)
 
     def close(self) -> None:
         self._swanlab.finish()
