@@ -25,6 +25,7 @@ def main(overrides: list[str] | None = None) -> int:
         from verl.single_controller.group import UserError, WorkerDiedError
         from verl.single_controller.shared import NotSharedError
         from verl.trainer.ray_trainer import Trainer
+        from verl.workers.reward_manager import RewardFailureRateError
 
         trainer = Trainer(config)
     except ValueError as error:
@@ -37,7 +38,7 @@ def main(overrides: list[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (ClusterError, NotSharedError, WorkerDiedError) as error:  # the message says it all
+    except (ClusterError, NotSharedError, RewardFailureRateError, WorkerDiedError) as error:  # the message says it all
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
