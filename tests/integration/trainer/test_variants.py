@@ -165,7 +165,7 @@ def test_invariant_7_above_the_set_rate_of_failures_the_run_stops(rl: RunRL, wor
     function.write_text(FAILING)
     run = rl(f"custom_reward_function.path={function}", "reward.max_failure_rate=0.05")
     last = run.err.splitlines()[-1]
-    assert run.code == 1 and "raised" not in run.extra, run.err
+    assert run.code == 1 and run.extra["raised"] is None, run.err
     assert last.startswith("error: ") and "reward.max_failure_rate" in last and "exception" in last
     assert not run.steps, "nothing was trained on this batch"
 
