@@ -1,8 +1,9 @@
 """Does a model trained from nothing learn the tasks? SFT, then GRPO, per task and seed, on the untouched test split.
 
-Every run makes a random Qwen2.5-VL of a few million parameters, trains it on the supervised answers until fewer than
-2 % of its validation answers are malformed (a rule that does not look at accuracy), and goes on with GRPO. Reported
-are the test accuracy and macro-F1 before and after GRPO, and whether the training reward rose: mean of the last ten
+Every run makes a random Qwen2.5-VL of a few million parameters, trains it on the supervised answers for a fixed number
+of steps (with `--stop-parse-failure 0.02`: until fewer than 2 % of its validation answers are malformed, a rule that
+does not look at accuracy), and goes on with GRPO. Limits of prompts and answers follow from the data. Reported are the
+test accuracy and macro-F1 before and after GRPO, and whether the training reward rose: mean of the last ten
 steps minus the first ten, in standard errors over the seeds.
 
     python3 benchmarks/learning.py --tasks ctu har --seeds 1 2 3 --engine hf --jobs 6
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -29,8 +31,12 @@ from typing import Any
 import rows
 from scipy.stats import binomtest
 from stored import stored
+from transformers import AutoTokenizer
 
 from verl.timeseries.tasks import get_task
+from verl.utils.dataset.images import ImageSpec
+from verl.utils.dataset.rl_dataset import DatasetOptions, load_rl_dataset, load_sft_dataset
+from verl.utils.dataset.rows import Columns
 
 _EDGE = 10  # steps at each end of the reward curve that are compared
 
@@ -46,8 +52,7 @@ class Recipe:
     modality: str
     sft_steps: int
     rl_steps: int
-    max_response: int
-    max_prompt: int
+    stop_parse_failure: float | None
     device: str
 
 
@@ -68,7 +73,27 @@ def _sampling(prefix: str) -> list[str]:
     return [f"{prefix}.temperature=0.0", f"{prefix}.do_sample=False", f"{prefix}.n=1"]
 
 
-def sft_command(run: Run, recipe: Recipe) -> list[str]:
+@dataclass(frozen=True)
+class Limits:
+    """Tokens that prompts and answers may have."""
+
+    prompt: int
+    response: int
+
+    @classmethod
+    def of(cls, model: Path, data: Path) -> Limits:
+        """The longest prompt, and the longest supervised answer with a quarter more, in steps of 32."""
+        tokenizer, spec = AutoTokenizer.from_pretrained(model), ImageSpec.from_pretrained(model)
+        taught = DatasetOptions(columns=Columns(response="response"))
+        examples = load_sft_dataset([data / f"sft_{name}.parquet" for name in ("fit", "val")], tokenizer, spec, taught)
+        tested = load_rl_dataset(data / "test.parquet", tokenizer, spec, DatasetOptions())
+        prompts = [*(example.prompt for example in examples), *tested]
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        answer = max(len(example.response_ids) for example in examples)
+        return cls(32 * math.ceil(longest / 32), 32 * math.ceil(1.25 * answer / 32))
+
+
+def sft_command(run: Run, recipe: Recipe, limits: Limits) -> list[str]:
     folder, data = run.folder(recipe), recipe.data / f"{run.task}_{recipe.modality}"
     return [
         *(sys.executable, "-m", "verl.trainer.sft_trainer"),
@@ -76,23 +101,25 @@ def sft_command(run: Run, recipe: Recipe) -> list[str]:
         f"data.val_files={data}/sft_val.parquet",
         f"data.test_files={data}/test.parquet",
         *("data.train_batch_size=16", "data.micro_batch_size_per_gpu=16"),
-        f"data.max_length={recipe.max_prompt + recipe.max_response}",
-        f"data.max_prompt_length={recipe.max_prompt}",
-        f"data.max_response_length={recipe.max_response}",
+        f"data.max_length={limits.prompt + limits.response}",
+        f"data.max_prompt_length={limits.prompt}",
+        f"data.max_response_length={limits.response}",
         f"model.partial_pretrain={folder}/tiny",
         "model.enable_gradient_checkpointing=False",
         *("optim.lr=1e-3", "optim.lr_scheduler=constant", "optim.warmup_steps_ratio=0.02"),
         *_sampling("rollout"),
-        *("rollout.hf_batch_size=512", "reward.format=strict", "trainer.stop_parse_failure=0.02"),
+        *("rollout.hf_batch_size=512", "reward.format=strict"),
+        f"trainer.stop_parse_failure={'null' if recipe.stop_parse_failure is None else recipe.stop_parse_failure}",
         f"trainer.total_training_steps={recipe.sft_steps}",
-        *("trainer.test_freq=50", "trainer.save_freq=-1", "trainer.resume_mode=disable"),
+        f"trainer.test_freq={-1 if recipe.stop_parse_failure is None else 50}",
+        *("trainer.save_freq=-1", "trainer.resume_mode=disable"),
         f"trainer.seed={run.seed}",
         f"trainer.device={recipe.device}",
         f"trainer.default_local_dir={folder}/sft",
     ]
 
 
-def rl_command(run: Run, recipe: Recipe) -> list[str]:
+def rl_command(run: Run, recipe: Recipe, limits: Limits) -> list[str]:
     folder, data = run.folder(recipe), recipe.data / f"{run.task}_{recipe.modality}"
     start = folder / "sft" / f"global_step_{(folder / 'sft' / 'latest_checkpointed_iteration.txt').read_text().strip()}"
     arl, actor = "actor_rollout_ref", "actor_rollout_ref.actor"
@@ -107,8 +134,8 @@ def rl_command(run: Run, recipe: Recipe) -> list[str]:
         f"data.val_files={data}/val.parquet",
         f"data.test_files={data}/test.parquet",
         "data.train_batch_size=32",
-        f"data.max_prompt_length={recipe.max_prompt}",
-        f"data.max_response_length={recipe.max_response}",
+        f"data.max_prompt_length={limits.prompt}",
+        f"data.max_response_length={limits.response}",
         f"{arl}.model.path={start}/actor/huggingface",
         f"{arl}.model.enable_gradient_checkpointing=False",
         *(f"{actor}.ppo_mini_batch_size=16", f"{actor}.ppo_micro_batch_size_per_gpu=128"),
@@ -160,9 +187,10 @@ def _train(run: Run, recipe: Recipe, folder: Path) -> dict[str, Any]:
     size = ["--hidden", str(recipe.hidden), "--layers", str(recipe.layers)]
     made = [*("--output", str(folder / "tiny"), "--texts", str(texts), "--seed", str(run.seed)), *size]
     _call([sys.executable, "-m", "verl.models.tiny", *made], log)
-    _call(sft_command(run, recipe), log)
+    limits = Limits.of(folder / "tiny", texts.parent)
+    _call(sft_command(run, recipe, limits), log)
     middle = time.monotonic()
-    _call(rl_command(run, recipe), log)
+    _call(rl_command(run, recipe, limits), log)
     return _read(folder) | {"sft_seconds": middle - begin, "rl_seconds": time.monotonic() - middle}
 
 
@@ -274,16 +302,15 @@ def main() -> None:
     parser.add_argument("--modality", choices=("image", "numeric"), default="image", help="a plot, or its digits")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--sft-steps", type=int, default=1500, help="at most; the stop rule ends it sooner")
+    parser.add_argument("--sft-steps", type=int, default=1000)
+    parser.add_argument("--stop-parse-failure", type=float, help="end SFT sooner, at this share of malformed answers")
     parser.add_argument("--rl-steps", type=int, default=60)
-    parser.add_argument("--max-prompt", type=int, default=512)
-    parser.add_argument("--max-response", type=int, default=192)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--append", action="store_true", help="keep the rows of other tasks and engines")
     args = parser.parse_args()
     for task in args.tasks:
         get_task(task)
-    shared = ("data", "modality", "hidden", "layers", "sft_steps", "rl_steps", "max_response", "max_prompt", "device")
+    shared = ("data", "modality", "hidden", "layers", "sft_steps", "rl_steps", "stop_parse_failure", "device")
     recipe = Recipe(folder=args.folder.resolve(), **{name: getattr(args, name) for name in shared})
     runs = [Run(task, seed, engine) for seed in args.seeds for task in args.tasks for engine in args.engine]
     failed: list[str] = []
