@@ -8,6 +8,7 @@ lost to them; 1-NN is Euclidean on the values as they are.
 Invariants
 - A baseline sees the train part only (`fit` and `val` together) before it is scored on test.
 - Accuracy is of all test rows, with its standard error sqrt(p (1 - p) / n).
+- Series of different lengths are stretched to the median length of train (linear interpolation), for all baselines.
 """
 
 from __future__ import annotations
@@ -96,13 +97,14 @@ class BaselineScore:
 
 
 def score(task: TaskSpec, archive: Archive, baseline: str, seeds: Sequence[int]) -> BaselineScore:
-    """Fit on train, score on test, once a seed. Raises ValueError where series differ in length."""
+    """Fit on train, score on test, once a seed. Raises ValueError where series differ in their number of channels."""
     from sklearn.metrics import f1_score
 
-    lengths = {series.shape for part in (archive.train, archive.test) for series in part.series}
-    if len(lengths) > 1:
-        raise ValueError(f"task {task.name}: series of {len(lengths)} different lengths; the baselines need one length")
-    train, test = np.stack(archive.train.series), np.stack(archive.test.series)
+    channels = {len(series) for part in (archive.train, archive.test) for series in part.series}
+    if len(channels) > 1:
+        raise ValueError(f"task {task.name}: series of {sorted(channels)} channels; the baselines need one number")
+    length = int(np.median([series.shape[1] for series in archive.train.series]))
+    train, test = (of_one_length(part.series, length) for part in (archive.train, archive.test))
     truth, accuracies, f1, seconds = np.asarray(archive.test.labels), [], [], []
     for seed in seeds if baseline in RANDOM else (0,):
         started = time.perf_counter()
@@ -111,6 +113,16 @@ def score(task: TaskSpec, archive: Archive, baseline: str, seeds: Sequence[int])
         accuracies.append(float((found == truth).mean()))
         f1.append(f1_score(truth, found, average="macro", labels=list(task.classes), zero_division=0.0))
     return BaselineScore(task.name, baseline, len(test), tuple(accuracies), float(np.mean(f1)), float(np.mean(seconds)))
+
+
+def of_one_length(series: Sequence[NDArray[np.float64]], length: int) -> Series3:
+    """Series (channels, any length) stretched over `length` points by linear interpolation."""
+    return np.stack([s if s.shape[1] == length else np.stack([_stretched(c, length) for c in s]) for s in series])
+
+
+def _stretched(channel: NDArray[np.float64], length: int) -> NDArray[np.float64]:
+    places = np.linspace(0, len(channel) - 1, length)
+    return np.interp(places, np.arange(len(channel)), channel)
 
 
 def table(scores: Sequence[BaselineScore]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from verl.timeseries import get_task
-from verl.timeseries.baselines import BASELINES, BaselineScore, main, score, table
+from verl.timeseries.baselines import BASELINES, BaselineScore, main, of_one_length, score, table
 
 
 def test_majority_and_nearest_neighbour_are_their_definitions() -> None:
@@ -42,9 +42,13 @@ def test_rocket_is_near_its_published_accuracy_on_lightning7(archives: Path) -> 
     assert found.accuracy == pytest.approx(0.823, abs=0.03)
 
 
-def test_series_of_different_lengths_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["japanese_vowels", "--baselines", "1-NN"]) == 2
-    assert "series of" in capsys.readouterr().err
+def test_series_of_different_lengths_are_stretched_to_the_median(capsys: pytest.CaptureFixture[str]) -> None:
+    ramp, step = np.arange(5.0)[None], np.array([[0.0, 0.0, 6.0]])
+    found = of_one_length([ramp, step], 5)
+    np.testing.assert_allclose(found, [[[0, 1, 2, 3, 4]], [[0, 0, 0, 3, 6]]])
+    assert main(["japanese_vowels", "--baselines", "1-NN"]) == 0  # UEA archive: 0.924
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| japanese_vowels"))
+    assert float(row.split("|")[3].split(" +-")[0]) > 90, row
 
 
 def test_minirocket_separates_gun_from_point(capsys: pytest.CaptureFixture[str]) -> None:
