@@ -86,10 +86,11 @@ class Trainer:
             self.identity = self._identity()
             if self.checkpoint is not None:
                 check_same_run(self.checkpoint, self.identity)
-            self.checkpoints.lock()
         if self.checkpoint is not None:
             model = config.actor_rollout_ref.model
             check_same_adapters(self.checkpoint, model, self.data.folder, "actor_rollout_ref.model")
+        if self.data.train is not None:
+            self.checkpoints.lock()
         self.workers: Workers
         self.tracker: Tracker
 

@@ -212,6 +212,7 @@ def test_rl_refuses_the_adapters_of_another_scale_too(work: Path, data: Data, st
     path = f"trainer.resume_from_path={run.checkpoint(3)}"
     done = rl_here(rl_overrides(data, start, folder, *more, path), folder)
     assert done.code == 2 and "was made with actor_rollout_ref.model.lora_alpha=8, this run has 16" in done.err
+    assert not folder.exists(), "refused before anything is written"
 
 
 def test_vllm_gets_the_merged_weights_and_agrees_with_the_adapted_actor(
