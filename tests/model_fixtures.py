@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
@@ -157,22 +152,3 @@ def assert_gradients_close(found: dict[str, Tensor], expected: dict[str, Tensor]
         if not error <= tolerance * scale:
             wrong.append(f"{name}: differs by {error:.3g}, largest entry {scale:.3g}")
     assert not wrong, f"beyond {tolerance}:\n" + "\n".join(wrong)
-
-
-def _entry(rank: int, run: Callable[..., None], world: int, port: int, args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    # Ranks that disagree on their collectives fail soon instead of waiting for each other.
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    try:
-        run(rank, world, *args)
-    finally:
-        dist.destroy_process_group()
-
-
-def on_ranks(world: int, run: Callable[..., None], *args: Any) -> None:
-    """Run `run(rank, world, *args)` on `world` gloo processes of the loopback; an error in one fails the test."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_entry, (run, world, port, args), nprocs=world)

@@ -7,7 +7,8 @@ from pathlib import Path
 import engine_ranks as ranks
 import pytest
 import torch
-from model_fixtures import assert_gradients_close, on_ranks, open_policy
+from gloo_ranks import on_ranks
+from model_fixtures import assert_gradients_close, open_policy
 from torch import Tensor
 
 from verl.workers.actor.objective import merge_metrics

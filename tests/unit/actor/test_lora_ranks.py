@@ -7,7 +7,7 @@ from pathlib import Path
 import lora_ranks as ranks
 import pytest
 import torch
-from model_fixtures import on_ranks
+from gloo_ranks import on_ranks
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import receive_ranks as ranks
 import torch
-from model_fixtures import TEXTS, on_ranks, open_policy
+from gloo_ranks import on_ranks
+from model_fixtures import TEXTS, open_policy
 
 from verl.models.tiny import TinySize, create_tiny_model
 

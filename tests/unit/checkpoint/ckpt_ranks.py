@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -86,23 +80,3 @@ def load_rank(rank: int, world: int, folder: str) -> None:
     loaded = {"model": full(model_state(model)), "optim": full(optimizer_state(model, optimizer))}
     if rank == 0:
         torch.save(loaded, Path(folder) / f"loaded_{world}.pt")
-
-
-def _entry(rank: int, run: Callable[..., None], world: int, port: int, args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        run(rank, world, *args)
-    finally:
-        dist.destroy_process_group()
-
-
-def on_ranks(world: int, run: Callable[..., None], *args: Any) -> None:
-    """Run `run(rank, world, *args)` on `world` gloo processes; an error in one fails the test."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # torch and transformers are imported once, in the server that the ranks are forked from
-    multiprocessing.set_forkserver_preload(["ckpt_ranks", "verl.models.tiny"])
-    mp.start_processes(_entry, (run, world, port, args), nprocs=world, start_method="forkserver")

@@ -7,6 +7,7 @@ from pathlib import Path
 import ckpt_ranks as ranks
 import pytest
 import torch
+from gloo_ranks import on_ranks
 
 from verl.utils.checkpoint.sharded import (
     load_optimizer,
@@ -22,7 +23,7 @@ from verl.utils.checkpoint.sharded import (
 @pytest.fixture(scope="module")
 def saved_on_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    ranks.on_ranks(2, ranks.save_rank, str(folder))
+    on_ranks(2, ranks.save_rank, str(folder))
     return folder
 
 
@@ -35,7 +36,7 @@ def assert_same(loaded: dict[str, dict[str, torch.Tensor]], expected: dict[str, 
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_saved_on_two_ranks_loads_exactly_on(world: int, saved_on_two: Path) -> None:
-    ranks.on_ranks(world, ranks.load_rank, str(saved_on_two))
+    on_ranks(world, ranks.load_rank, str(saved_on_two))
     assert_same(torch.load(saved_on_two / f"loaded_{world}.pt"), torch.load(saved_on_two / "expected.pt"))
 
 

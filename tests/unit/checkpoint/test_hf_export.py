@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import ckpt_ranks as ranks
 import pytest
 import torch
+from gloo_ranks import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -55,7 +55,7 @@ def export_rank(rank: int, world: int, source: str, folder: str) -> None:
 
 
 def test_an_fsdp2_model_on_two_ranks_exports_its_full_weights(source: Path, tmp_path: Path) -> None:
-    ranks.on_ranks(2, export_rank, str(source), str(tmp_path / "huggingface"))
+    on_ranks(2, export_rank, str(source), str(tmp_path / "huggingface"))
     assert_same_weights(tmp_path / "huggingface", changed(source), torch.float32)
 
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-from datetime import timedelta
-
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -41,21 +36,3 @@ def gather(rank: int, world: int, fsdp_sizes: tuple[int, ...]) -> None:
                 gather_into(parameters[name], out)
                 same = torch.equal(out.view(expected.shape), expected.detach().to(dtype))
                 assert same, f"rank {rank}, fsdp_size {fsdp_size}: {name} in {dtype}"
-
-
-def on_ranks(world: int, fsdp_sizes: tuple[int, ...]) -> None:
-    """`gather` on `world` gloo processes that import nothing but torch and what they test."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_entry, (world, port, fsdp_sizes), nprocs=world)
-
-
-def _entry(rank: int, world: int, port: int, fsdp_sizes: tuple[int, ...]) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", address, rank=rank, world_size=world, timeout=timedelta(minutes=3))
-    try:
-        gather(rank, world, fsdp_sizes)
-    finally:
-        dist.destroy_process_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gather_ranks
 import torch.distributed as dist
+from gloo_ranks import on_ranks
 
 
 def test_a_gathered_parameter_is_the_unsharded_one_on_one_rank() -> None:
@@ -16,4 +17,4 @@ def test_a_gathered_parameter_is_the_unsharded_one_on_one_rank() -> None:
 
 def test_a_gathered_parameter_is_the_unsharded_one_on_two_ranks() -> None:
     """In one shard group, where FSDP2 pads some shards, and as two replicas."""
-    gather_ranks.on_ranks(2, (-1, 1))
+    on_ranks(2, gather_ranks.gather, (-1, 1))
