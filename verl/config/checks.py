@@ -69,10 +69,11 @@ def _between(key: str, value: float, low: float, high: float) -> Problems:
 
 def _sizes(config: PPOConfig) -> Problems:
     data, rollout, trainer = config.data, config.actor_rollout_ref.rollout, config.trainer
+    if data.dataloader_num_workers is not None and data.dataloader_num_workers < 0:
+        yield f"data.dataloader_num_workers={data.dataloader_num_workers} must not be negative"
     yield from _positive(
         data__train_batch_size=data.train_batch_size,
         data__val_batch_size=data.val_batch_size,
-        data__dataloader_num_workers=data.dataloader_num_workers,
         data__max_prompt_length=data.max_prompt_length,
         data__max_response_length=data.max_response_length,
         trainer__nnodes=trainer.nnodes,

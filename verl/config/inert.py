@@ -235,7 +235,7 @@ def _trainer(config: PPOConfig) -> Inert:
     trainer = config.trainer
     if trainer.total_training_steps is not None:
         yield "trainer.total_epochs", f"trainer.total_training_steps={trainer.total_training_steps} is set"
-    if trainer.resume_mode != "resume_path":
+    if trainer.resume_mode != "resume_path" and trainer.resume_from_path is not None:
         yield "trainer.resume_from_path", f"trainer.resume_mode={trainer.resume_mode}"
     if not trainer.keep_best:
         yield "trainer.best_metric", "trainer.keep_best=False"

@@ -113,7 +113,8 @@ PPO_RULES: dict[str, Rule] = {
     "actor_rollout_ref.model.enable_activation_offload": missing(False),
     # actor
     "actor_rollout_ref.actor.use_torch_compile": alias("actor_rollout_ref.actor.fsdp_config.use_torch_compile"),
-    "actor_rollout_ref.ref.use_torch_compile": warn("the reference computes as the actor does", True, False),
+    "actor_rollout_ref.ref.use_torch_compile": warn("the reference computes as the actor does"),
+    "actor_rollout_ref.ref.strategy": warn("the reference runs FSDP2, as the actor does", "fsdp", "fsdp2"),
     "actor_rollout_ref.*.ulysses_sequence_parallel_size": warn("there is no sequence parallelism", 1),
     "actor_rollout_ref.actor.policy_loss.*": missing(None),
     "actor_rollout_ref.actor.calculate_entropy": warn("the entropy is always computed and logged", True),
@@ -144,6 +145,7 @@ PPO_RULES: dict[str, Rule] = {
     "actor_rollout_ref.rollout.over_sample_rate": warn(_NOTHING_IN_VERL, 0, 0.0),
     "actor_rollout_ref.rollout.multi_stage_wake_up": warn(_NOTHING_IN_VERL, False),
     "actor_rollout_ref.rollout.multi_turn.num_repeat_rollouts": warn(_NOTHING_IN_VERL, None),
+    "actor_rollout_ref.rollout.multi_turn.*": missing(False, None),
     "actor_rollout_ref.rollout.agent.custom_async_server": warn(_NOTHING_IN_VERL, None),
     "actor_rollout_ref.rollout.agent.custom_async_server.*": warn(_NOTHING_IN_VERL, None),
     "actor_rollout_ref.rollout.agent.num_workers": missing(),

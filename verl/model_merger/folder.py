@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import HfApi, save_torch_state_dict
 from torch import Tensor
 
@@ -28,8 +29,11 @@ def write_folder(local_dir: Path, target: Path, dtype: torch.dtype) -> None:
     """Merge the shards of `local_dir` into `target`, beside config and tokenizer from `local_dir/huggingface`.
 
     A checkpoint of this version has loadable weights already: they are copied when `target` is another folder.
-    Raises ValueError on a missing or damaged shard; then nothing is written.
+    Raises ValueError on a missing or damaged shard, and for weights that are not those of the config's model; then
+    nothing is written.
     """
+    if not local_dir.is_dir():
+        raise ValueError(f"{local_dir} is no folder: name the one that holds model_world_size_*_rank_*.pt")
     source = local_dir / "huggingface"
     own = sorted(source.glob("*.safetensors")) and not any(local_dir.glob("model_world_size_*"))
     if own and target.resolve() == source.resolve():
@@ -54,6 +58,35 @@ def write_folder(local_dir: Path, target: Path, dtype: torch.dtype) -> None:
         config.pop("torch_dtype", None)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_torch_state_dict(weights, folder, max_shard_size="5GB")
+        _check_complete(folder, config, local_dir)
+
+
+def _check_complete(folder: Path, config: dict[str, Any], local_dir: Path) -> None:
+    """Raises ValueError naming weights that `config`'s model has and the folder lacks, or the other way round.
+
+    transformers itself is asked, without loading a value: it knows the older names of its weights.
+    """
+    name = (config.get("architectures") or ["none"])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        print(
+            f"transformers {transformers.__version__} has no {name}: whether all its weights are there was not checked"
+        )
+        return
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # its report says what the error will say
+    try:
+        _, found = model_class.from_pretrained(
+            folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        transformers.logging.set_verbosity(level)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(str(key) for key in found[kind]):
+            what = f"{len(keys)} {kind.replace('_keys', '')} weights of {name}"
+            raise ValueError(
+                f"{local_dir}: the shards do not hold what config.json describes: {what}: {', '.join(keys[:3])}"
+            )
 
 
 def _read_config(source: Path) -> dict[str, Any]:

@@ -122,6 +122,32 @@ def test_a_bad_shard_ends_with_an_error_and_no_output(
     assert sorted(path.name for path in (actor / "huggingface").iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w, name: w.pop(name), "1 missing weights of Qwen2_5_VLForConditionalGeneration"),
+        (lambda w, name: w.update(more=w[name]), "1 unexpected weights of Qwen2_5_VLForConditionalGeneration: more"),
+        (lambda w, name: w.update({name: w[name][:-2]}), "1 mismatched weights of"),
+    ],
+    ids=["less", "more", "smaller"],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused(
+    actor: Path, weights: dict[str, Tensor], change: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = next(name for name in weights if name.endswith("layers.0.self_attn.q_proj.bias"))
+    wrong = dict(weights)
+    change(wrong, name)
+    write_shards(actor, wrong, grid=(1,))
+    assert main(["merge", "--local_dir", str(actor), "--target_dir", str(actor / "target")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (actor / "target").exists()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", "--local_dir", str(tmp_path / "nowhere"), "--target_dir", str(tmp_path / "out")]) == 2
+    assert "nowhere is no folder" in capsys.readouterr().err
+
+
 def test_replicas_that_differ_are_refused(
     actor: Path, weights: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,5 +65,5 @@ def dataset_options(config: PPOConfig) -> DatasetOptions:
         columns=Columns(prompt=data.prompt_key, images=data.image_key, data_source=data.reward_fn_key),
         template_kwargs=data.apply_chat_template_kwargs,
         cache_dir=None if data.image_cache_dir is None else Path(data.image_cache_dir),
-        workers=data.dataloader_num_workers,
+        workers=None if data.dataloader_num_workers is None else max(1, data.dataloader_num_workers),
     )
