@@ -24,7 +24,10 @@ if [[ $EVAL == True || $PAPER == True ]]; then
 else
     files=(data.train_files="$DATA/fit.parquet" data.val_files="$DATA/val.parquet" data.test_files="$DATA/test.parquet")
 fi
-if [[ -z $MODEL_PATH ]]; then
+if [[ $EVAL == True && -z $MODEL_PATH ]]; then
+    echo "error: EVAL=True scores the weights of MODEL_PATH: name a folder, e.g. .../global_step_N/actor/huggingface" >&2
+    exit 2
+elif [[ -z $MODEL_PATH ]]; then
     script=$(basename "$0" .sh)
     script=${script#run_}
     task_name=${NAME:-$script}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -131,6 +132,7 @@ def csv_task(source: str | None, values: Mapping[str, Any]) -> TaskSpec:
     archive = _archive(found, options, digests)
     channels = found[0].series.shape[0]
     lengths = {one.series.shape[1] for one in found}
+    _check_unit(options, names)
     name = options.name or folder.name
     listing = f"{', '.join(classes[:-1])} or {classes[-1]}"
     question = options.question or f"The plot shows one recording of {name}. Which class is it?"
@@ -155,6 +157,17 @@ def csv_task(source: str | None, values: Mapping[str, Any]) -> TaskSpec:
     )
 
 
+def _check_unit(options: CsvOptions, names: Sequence[str]) -> None:
+    """The unit goes to the axis and into the texts about every channel, so no column may name another."""
+    for name in names if options.unit else ():
+        own = re.search(r"[\[(]([^\])]+)[\])]\s*$", name)
+        if own is not None and own[1].strip() != options.unit:
+            raise ValueError(
+                f"csv.unit={options.unit} is the unit of all channels, but column {name!r} names its own: "
+                "leave csv.unit out, or the column's unit"
+            )
+
+
 def _style(options: CsvOptions, channels: int, names: Sequence[str]) -> PlotStyle:
     kind = options.plot or ("line" if channels == 1 else "lines" if channels <= 4 else "grid")
     y_label = options.y_label
@@ -174,6 +187,13 @@ def _style(options: CsvOptions, channels: int, names: Sequence[str]) -> PlotStyl
 
 def _classes(found: Sequence[_Found], options: CsvOptions) -> list[str]:
     seen = sorted({one.label for one in found})
+    written: dict[str, _Found] = {}
+    for one in found:
+        first = written.setdefault(one.label.casefold(), one)
+        if first.label != one.label:
+            raise ValueError(
+                f"{one.where}: label {one.label!r} is {first.label!r} elsewhere ({first.where}): write it one way"
+            )
     if not options.classes:
         if len(seen) < 2:
             raise ValueError(f"only one label occurs ({seen[0]!r}): two or more classes are needed")

@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 ACCURACY = "val/accuracy"
 """Mean accuracy over data sources: what `keep_best` looks at by default."""
 _SAMPLED_GROUPS = 4  # groups written to the run folder each step
+_UNTAUGHT = 3  # steps in a row without a difference within any group, after which the run says so
 
 
 class Trainer:
@@ -79,6 +80,7 @@ class Trainer:
         self.weights_from = config.actor_rollout_ref.model.path
         self.canary: Canary | None = None
         self.step = 0
+        self.untaught = 0
         self.checkpoint = self._find_checkpoint()
         if self.data.train is not None:
             self.plan = batch_plan(config, len(self.data.train))
@@ -104,6 +106,7 @@ class Trainer:
         while self.step < self.plan.total_steps:
             self.step += 1
             metrics = self._step()
+            self._watch_groups(metrics)
             if is_due(self.config.trainer.test_freq, self.step, self.plan.total_steps):
                 metrics |= self._validate()
             self._log_and_save(metrics)
@@ -396,6 +399,17 @@ class Trainer:
         if self.step == 0 and not self.config.trainer.val_only:
             self.tracker.log(0, metrics)
         return metrics
+
+    def _watch_groups(self, metrics: dict[str, float]) -> None:
+        """Say so when the reward has taught nothing for some steps: it tells no answer from its neighbours."""
+        self.untaught = 0 if metrics.get("training/groups/mixed_share", 0.0) > 0 else self.untaught + 1
+        if self.untaught == _UNTAUGHT:
+            log.warning(
+                "%d steps in which all answers of every group scored alike (mean %.3f): nothing is learned. "
+                "Look at %s; malformed answers want a supervised start or a larger data.max_response_length, "
+                "equal ones a higher temperature or more answers a prompt",
+                *(_UNTAUGHT, metrics.get("critic/score/mean", float("nan")), self.run_dir / "samples"),
+            )
 
     def _log_and_save(self, metrics: dict[str, float]) -> None:
         """Save by `save_freq`, and whenever validation finds a new best.

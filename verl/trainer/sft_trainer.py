@@ -131,6 +131,8 @@ class SFTTrainer:
         self.tokenizer = open_tokenizer(self.folder, trust_remote_code=config.model.trust_remote_code)
         with node_leader_first():
             self.data = load_sft_data(config, self.tokenizer, self.folder)
+        if self.rank == 0:
+            self._say_cut_answers()
         data, trainer = config.data, config.trainer
         self.sampler = Sampler(len(self.data.train), seed=data.seed, shuffle=data.shuffle, drop_last=False)
         self.steps_per_epoch = self.sampler.batches_per_epoch(data.train_batch_size)
@@ -246,6 +248,17 @@ class SFTTrainer:
     def _good_enough(self, result: ValidationResult) -> bool:
         limit = self.config.trainer.stop_parse_failure
         return limit is not None and result.parse_failure < limit
+
+    def _say_cut_answers(self) -> None:
+        """Validation draws answers: what is taught must fit into them."""
+        limit = self.config.data.max_response_length
+        lengths = [len(example.response_ids) for example in self.data.train]
+        if longer := sum(length > limit for length in lengths):
+            log.warning(
+                "data.max_response_length=%d cuts validation answers, but %d of %d supervised answers are longer, up "
+                "to %d tokens: what the model is taught to write will count as malformed",
+                *(limit, longer, len(lengths), max(lengths)),
+            )
 
     def _say_unreached(self, result: ValidationResult) -> None:
         limit = self.config.trainer.stop_parse_failure

@@ -98,11 +98,13 @@ def test_one_rank_scores_and_all_stop_together(work: Path, data: Data, tiny: Pat
         "trainer.test_freq=1",
         "trainer.save_freq=-1",
         "trainer.stop_parse_failure=0.5",
+        "data.max_response_length=12",
         f"custom_reward_function.path={function}",
     )
     run = launcher.torchrun(2, overrides, folder).ok()
     assert [row["step"] for row in run.rows] == [1, 2, 3]
     assert [row["val/parse_failure"] for row in run.rows] == [1.0] * 3
+    assert (run.out + run.err).count("but 4 of 4 supervised answers are longer, up to ") == 1
     assert (run.out + run.err).count("after step 3 without reaching trainer.stop_parse_failure=0.5: 100.0 %") == 1
     calls = function.with_suffix(".calls").read_text().split()
     assert calls == ["0"] * 12, f"4 rows, 3 validations, one rank: {len(calls)} calls by ranks {sorted(set(calls))}"

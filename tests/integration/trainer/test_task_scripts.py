@@ -153,6 +153,14 @@ def test_a_task_trains_with_sft_then_grpo_from_its_scripts(
     assert report["n_prompts"] == card["rows"]["test"]
 
 
+def test_eval_never_guesses_whose_weights_to_score() -> None:
+    env = os.environ | {"EVAL": "True", "MODEL_PATH": "", "TIMEMASTER_NO_SETUP": "1"}
+    done = subprocess.run(
+        ["bash", "example/grpo_trainer/run_tee.sh"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "EVAL=True scores the weights of MODEL_PATH" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_twenty_steps_of_each_stage_from_its_scripts(

@@ -150,14 +150,21 @@ def test_invariant_7_a_failed_score_is_in_no_mean_no_loss_and_no_denominator(
         assert sum(float(s.weights.sum()) for s in mini) == pytest.approx(1.0, rel=1e-5)
 
 
-def test_invariant_7_equal_scores_teach_exactly_nothing(rl: RunRL, work: Path, start: Path) -> None:
+def test_invariant_7_equal_scores_teach_exactly_nothing_and_the_run_says_so(
+    rl: RunRL, work: Path, start: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     function = work / "equal.py"
     function.write_text("def compute_score(solution_str, ground_truth):\n    return 0.1\n")
-    run = rl(f"custom_reward_function.path={function}", f"{ACTOR}.optim.weight_decay=0", "trainer.save_freq=1").ok()
-    row = run.steps[1]
+    steps = ("trainer.total_training_steps=4", "trainer.save_freq=4")
+    run = rl(f"custom_reward_function.path={function}", f"{ACTOR}.optim.weight_decay=0", *steps).ok()
+    row = run.steps[4]
     assert (row["critic/advantages/min"], row["critic/advantages/max"], row["actor/grad_norm"]) == (0.0, 0.0, 0.0)
     assert row["training/groups/equal_share"] == 1.0
     assert not any(moved(run, start).values())
+    said = [record.getMessage() for record in caplog.records if "nothing is learned" in record.getMessage()]
+    assert len(said) == 1 and said[0].startswith(
+        "3 steps in which all answers of every group scored alike (mean 0.100)"
+    )
 
 
 def test_invariant_7_above_the_set_rate_of_failures_the_run_stops(rl: RunRL, work: Path) -> None:

@@ -140,6 +140,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "twice": (edit("labels.csv", lambda t: t.replace("s1.csv", "s0.csv")), r"line 3: file 's0\.csv' is listed twice"),
     "no label": (edit("labels.csv", lambda t: t.replace("s2.csv,worn", "s2.csv,")), r"line 4: the label is empty"),
     "no label column": (edit("labels.csv", lambda t: t.replace("label", "kind")), r"no column 'label' in file, kind"),
+    "two spellings": (
+        edit("labels.csv", lambda t: t.replace("s2.csv,worn", "s2.csv,Worn")),
+        r"line \d+: label '[Ww]orn' is '[Ww]orn' elsewhere \(.*labels\.csv, line \d+\): write it one way",
+    ),
     "no group": (edit("labels.csv", lambda t: t.replace("machine 0", "")), r"line 2: no 'group', but other rows have"),
 }
 
@@ -173,6 +177,15 @@ def test_a_fault_is_one_line_naming_file_and_line(
 def test_a_bad_option_is_an_error_naming_the_key(options: dict[str, Any], text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=text):
         csv_task(str(write_files(tmp_path)), options)
+
+
+def test_one_unit_is_refused_where_a_column_names_another(tmp_path: Path) -> None:
+    folder = write_files(tmp_path)
+    for file in folder.glob("s*.csv"):
+        file.write_text(file.read_text().replace("pressure", "pressure [bar]").replace("flow", "flow (l/min)"))
+    with pytest.raises(ValueError, match=r"csv\.unit=bar is the unit of all channels, but column 'flow \(l/min\)'"):
+        csv_task(str(folder), {"drop": ["time"], "unit": "bar"})
+    assert csv_task(str(folder), {"drop": ["time"]}).unit == ""
 
 
 def test_a_folder_of_single_series_without_labels_says_what_to_write(tmp_path: Path) -> None:
