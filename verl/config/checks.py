@@ -94,7 +94,8 @@ def _sizes(config: PPOConfig) -> Problems:
         gpus = f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}"
         yield f"{_ROLLOUT}.tensor_model_parallel_size={tp} does not divide {gpus}"
     if rollout.name == "vllm" and tp > 1 and trainer.device == "cpu":
-        yield f"{_ROLLOUT}.tensor_model_parallel_size={tp}: vLLM on CPU runs as one process here; set it to 1"
+        reason = "cuts the model over GPUs, and trainer.device=cpu has none; set it to 1"
+        yield f"{_ROLLOUT}.tensor_model_parallel_size={tp} {reason}"
     if rollout.cudagraph_capture_sizes is not None and min(rollout.cudagraph_capture_sizes, default=0) < 1:
         sizes = list(rollout.cudagraph_capture_sizes)
         yield f"{_ROLLOUT}.cudagraph_capture_sizes={sizes} must be batch sizes of at least 1, or null"

@@ -121,4 +121,5 @@ def _problems(config: GenerationConfig) -> Iterator[str]:
     if rollout.name == "vllm" and tp > 0 and trainer.n_gpus_per_node % tp:
         yield f"rollout.tensor_model_parallel_size={tp} does not divide trainer.n_gpus_per_node"
     if rollout.name == "vllm" and trainer.device == "cpu" and tp > 1:
-        yield f"rollout.tensor_model_parallel_size={tp}: vLLM on CPU runs as one process here; set it to 1"
+        reason = "cuts the model over GPUs, and trainer.device=cpu has none; set it to 1"
+        yield f"rollout.tensor_model_parallel_size={tp} {reason}"

@@ -62,8 +62,12 @@ _opened: dict[tuple[str, int], dist.TCPStore] = {}
 
 
 def open_rendezvous(host: str) -> tuple[str, int]:
-    """Listen in this process, which will be rank 0, on a port that the system gives: nobody can take it meanwhile."""
-    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
+    """Listen in this process, which will be rank 0, on a port that the system gives: nobody can take it meanwhile.
+
+    A library that opens the store at this address itself (torchrun's `env://`) gets the same server, so that a rank
+    that came first is not cut off.
+    """
+    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT, multi_tenant=True)
     _opened[host, store.port] = store
     return host, store.port
 
@@ -71,11 +75,6 @@ def open_rendezvous(host: str) -> tuple[str, int]:
 def rendezvous_store(address: tuple[str, int]) -> dist.TCPStore:
     """The store at an address of `open_rendezvous`: of this process if it opened it, else a client."""
     return _opened.pop(address, None) or dist.TCPStore(*address, is_master=False, timeout=_TIMEOUT)
-
-
-def release_rendezvous(address: tuple[str, int]) -> None:
-    """Stop listening, where this process does: for a library that binds the port itself, right before it does."""
-    _opened.pop(address, None)
 
 
 def start_process_group(rank: int, world: int, address: tuple[str, int], device: str) -> None:

@@ -90,10 +90,24 @@ def test_on_cpu_the_engine_is_fp32_eager_reads_its_weights_and_is_one_process() 
     found = arguments(f"{ROLLOUT}.enforce_eager=False", device="cpu")
     assert (found["dtype"], found["enforce_eager"], found["load_format"]) == ("float32", True, "auto")
     assert {"gpu_memory_utilization", "enable_sleep_mode", "cudagraph_capture_sizes"} & found.keys() == set()
-    with pytest.raises(ValueError, match=r"tensor_model_parallel_size=2: vLLM on CPU"):
-        arguments(f"{ROLLOUT}.tensor_model_parallel_size=2", "trainer.n_gpus_per_node=2", device="cpu")
-    with pytest.raises(ValueError, match=r"tensor_model_parallel_size=2: vLLM on CPU"):
+    assert found["tensor_parallel_size"] == 1 and "distributed_executor_backend" not in found
+    with pytest.raises(ValueError, match=r"tensor_model_parallel_size=2 cuts the model over GPUs"):
         config(f"{ROLLOUT}.tensor_model_parallel_size=2", "trainer.n_gpus_per_node=2", "trainer.device=cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_ranks_of_one_engine_schedule_alike_and_map_no_peer(device: str) -> None:
+    two = (f"{ROLLOUT}.tensor_model_parallel_size=2", "trainer.n_gpus_per_node=2")
+    found = arguments(*two, device=device)
+    assert (found["tensor_parallel_size"], found["distributed_executor_backend"]) == (2, "external_launcher")
+    assert found["async_scheduling"] is False and found["disable_custom_all_reduce"] is True
+    fused = {"pass_config": {"fuse_allreduce_rms": False}} if device == "cuda" else None
+    assert found.get("compilation_config") == fused
+    assert "async_scheduling" not in arguments(device=device), "one rank alone may look ahead"
+    mine = f"+{ROLLOUT}.engine_kwargs.vllm.async_scheduling=True"
+    assert arguments(mine, device=device)["async_scheduling"] is True
+    with pytest.raises(ValueError, match=r"engine_kwargs\.vllm\.async_scheduling=True is set by the program"):
+        arguments(mine, *two, device=device)
 
 
 def test_an_engine_that_nobody_sends_weights_reads_them() -> None:

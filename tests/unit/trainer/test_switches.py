@@ -160,6 +160,13 @@ def test_split_placement_is_refused_on_a_cpu() -> None:
         config(*split, "trainer.device=cpu")
 
 
+def test_an_engine_over_two_ranks_is_refused_on_a_cpu() -> None:
+    two = config("trainer.n_gpus_per_node=2", f"{W}.rollout.tensor_model_parallel_size=2")
+    with pytest.raises(ValueError, match=r"tensor_model_parallel_size=2 cuts the model over GPUs.*set it to 1"):
+        plan_placement(two, "cpu")
+    assert plan_placement(two, "cpu", tensor_parallel_on_cpu=True).gpus == plan_placement(two, "cuda").gpus == 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

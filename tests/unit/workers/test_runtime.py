@@ -7,6 +7,7 @@ import random
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from verl.workers.runtime import (
     compute_dtype,
     dtype_of,
     open_rendezvous,
-    release_rendezvous,
     seed_draws,
     start_process_group,
 )
@@ -54,16 +54,25 @@ def test_the_port_of_the_rendezvous_is_taken_from_the_moment_it_is_named() -> No
     address = open_rendezvous("127.0.0.1")
     with socket.socket() as rival, pytest.raises(OSError, match="in use"):
         rival.bind(address)
-    given_back = open_rendezvous("127.0.0.1")
-    release_rendezvous(given_back)
-    with socket.socket() as library:
-        library.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        library.bind(given_back)
     start_process_group(0, 1, address, "cpu")
     try:
         assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_rank_that_comes_before_the_library_of_rank_0_opens_its_store_is_not_cut_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host, port = open_rendezvous("127.0.0.1")
+    early = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=20))
+    early.set("who", "rank 1")
+    for name, value in {"MASTER_ADDR": host, "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=20)))
+    assert store.get("who") == b"rank 1"
+    store.set("answer", "rank 0")
+    assert early.get("answer") == b"rank 0"
 
 
 _CHURN = """

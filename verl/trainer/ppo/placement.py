@@ -34,12 +34,20 @@ class PlacementPlan:
         return f"{self.actors.ranks} actor ranks and {self.rollouts.ranks} rollout ranks on {self.actors.device} each"
 
 
-def plan_placement(config: PPOConfig, device: str, *, split_on_cpu: bool = False) -> PlacementPlan:
-    """The plan of `actor_rollout_ref.hybrid_engine`. Raises ValueError for a split run on a CPU.
+def plan_placement(
+    config: PPOConfig, device: str, *, split_on_cpu: bool = False, tensor_parallel_on_cpu: bool = False
+) -> PlacementPlan:
+    """The plan of `actor_rollout_ref.hybrid_engine`. Raises ValueError for a split run, or engine, on a CPU.
 
-    `split_on_cpu` is for tests of the split program where there is no GPU.
+    `split_on_cpu` and `tensor_parallel_on_cpu` are for tests of these programs where there is no GPU.
     """
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
+    tp = rollout.tensor_model_parallel_size
+    if device == "cpu" and rollout.name == "vllm" and tp > 1 and not tensor_parallel_on_cpu:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.tensor_model_parallel_size={tp} cuts the model over GPUs, and this run is on "
+            "the CPU: set it to 1"
+        )
     actors = Resources(trainer.nnodes, trainer.n_gpus_per_node, device)
     if config.actor_rollout_ref.hybrid_engine:
         return PlacementPlan(actors, actors, colocated=True)

@@ -171,8 +171,21 @@ class Rollouts:
             engine, tp_rank = divmod(rank, self.ranks_per_engine)
             own = [prompts[i] for i in shares[engine]]
             arguments.append((own, sampling, step, sink if tp_rank == 0 else None, int(firsts[engine])))
-        parts = self.group.each("generate", arguments)[:: self.ranks_per_engine]
-        return [answers for part in parts for answers in part]
+        parts = self.group.each("generate", arguments)
+        check_same_answers(parts, self.ranks_per_engine)
+        return [answers for part in parts[:: self.ranks_per_engine] for answers in part]
+
+
+def check_same_answers(parts: Sequence[Sequence[Sequence[Response]]], ranks_per_engine: int) -> None:
+    """Raises AssertionError where two ranks of one engine wrote different tokens: their batches were not the same.
+
+    `parts`: by rank, what `RolloutWorker.generate` returns.
+    """
+    for rank, part in enumerate(parts):
+        first = rank - rank % ranks_per_engine
+        for place, (mine, theirs) in enumerate(zip(part, parts[first], strict=True)):
+            same = all(np.array_equal(a.token_ids, b.token_ids) for a, b in zip(mine, theirs, strict=True))
+            assert same, f"rollout ranks {first} and {rank} are one engine and answered prompt {place} differently"
 
 
 def packed_tokens(groups: Sequence[TrainGroup]) -> int:

@@ -75,6 +75,8 @@ def set_environment(device: str) -> None:
     else:
         # One sampler on every machine: FlashInfer's is compiled where it is first used, if a compiler is there.
         defaults |= {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+        # Both map the GPUs of the other ranks by index, and here every rank sees one GPU, number 0.
+        defaults |= {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     elsewhere = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]

@@ -47,11 +47,10 @@ def engine_arguments(
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
     key = "actor_rollout_ref.rollout"
     given = dict(rollout.engine_kwargs.vllm)
-    if taken := sorted(RESERVED & given.keys()):
-        raise ValueError(f"{key}.engine_kwargs.vllm.{taken[0]}={given[taken[0]]} is set by the program: remove it")
     tp = rollout.tensor_model_parallel_size
-    if device == "cpu" and tp > 1:
-        raise ValueError(f"{key}.tensor_model_parallel_size={tp}: vLLM on CPU runs as one process here; set it to 1")
+    together = tensor_parallel(tp, device)
+    if taken := sorted((RESERVED | together.keys()) & given.keys()):
+        raise ValueError(f"{key}.engine_kwargs.vllm.{taken[0]}={given[taken[0]]} is set by the program: remove it")
     arguments: dict[str, Any] = {
         "model": str(folder),
         "trust_remote_code": model.trust_remote_code,
@@ -75,15 +74,31 @@ def engine_arguments(
     }
     if device == "cuda":
         arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
-        arguments["tensor_parallel_size"] = tp
         arguments["enable_sleep_mode"] = rollout.free_cache_engine
-        if tp > 1:
-            # Every rank is a process of its own that sees one GPU, so there is no peer to map for custom all-reduce.
-            arguments |= {"distributed_executor_backend": "external_launcher", "disable_custom_all_reduce": True}
         if not rollout.enforce_eager:
             sizes = rollout.cudagraph_capture_sizes or capture_sizes(decoded_together(config, engines))
             arguments["cudagraph_capture_sizes"] = list(sizes)
-    return arguments | given
+    return arguments | together | given
+
+
+def tensor_parallel(size: int, device: str) -> dict[str, Any]:
+    """Arguments of an engine of `size` ranks, each a process of its own that sees one GPU and schedules for itself.
+
+    - All ranks must cut their batches alike. Asynchronous scheduling looks whether the last step has ended, and some
+      versions of vLLM end it in a thread: two ranks could then disagree, and wait for each other for ever.
+    - There is no peer to map: custom all-reduce and the fused one (FlashInfer) address the others' GPUs by index.
+    """
+    if size == 1:
+        return {"tensor_parallel_size": 1}
+    arguments: dict[str, Any] = {
+        "tensor_parallel_size": size,
+        "distributed_executor_backend": "external_launcher",
+        "disable_custom_all_reduce": True,
+        "async_scheduling": False,
+    }
+    if device == "cuda":
+        arguments["compilation_config"] = {"pass_config": {"fuse_allreduce_rms": False}}
+    return arguments
 
 
 def decoded_together(config: PPOConfig, engines: int) -> int:

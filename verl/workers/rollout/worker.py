@@ -35,7 +35,6 @@ from verl.workers.runtime import (
     give_back_large_blocks,
     import_external,
     memory_metrics,
-    release_rendezvous,
     resolve_device,
 )
 from verl.workers.weight_sync.receiver import WeightReceiver
@@ -55,7 +54,6 @@ class Place:
     def announce(self) -> None:
         """Tell vLLM's `external_launcher`, which reads torchrun's variables. Every process sees one GPU, its own."""
         if self.address is not None:
-            release_rendezvous(self.address)
             host, port = self.address
             os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
             os.environ |= {"RANK": str(self.tp_rank), "WORLD_SIZE": str(self.tp_size)}
