@@ -333,20 +333,13 @@ def main() -> None:
         }
         for engine, found in by_engine.items():
             if found:
-                parameters = _parameters(Run(task, min(found), engine).folder(recipe) / "tiny")
+                parameters = rows.parameters_of(Run(task, min(found), engine).folder(recipe) / "tiny")
                 made += _rows(f"{task} ({args.modality}), {engine} engine", found, parameters)
         if len(args.engine) == 2 and by_engine["hf"].keys() == by_engine["vllm"].keys() and by_engine["hf"]:
             made.append(_comparison(task, by_engine["hf"], by_engine["vllm"]))
     rows.write("learning", made, append=args.append)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
-
-
-def _parameters(model: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(model / "model.safetensors", framework="numpy") as file:
-        return sum(int(file.get_tensor(name).size) for name in file.keys())  # noqa: SIM118 - not a dict
 
 
 if __name__ == "__main__":

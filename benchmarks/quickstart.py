@@ -49,7 +49,7 @@ def _quickstart(settings: Mapping[str, str], folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"last_line": last, "seconds": int(re.search(r"seconds=(\d+)", last)[1])}
     for name, run in RUNS.items():
         (found[name],) = json.loads((folder / run / "reports" / "test.json").read_text())["reports"].values()
-    found["parameters"] = _parameters(folder / "tiny")
+    found["parameters"] = rows.parameters_of(folder / "tiny")
     return found
 
 
@@ -117,13 +117,6 @@ def _accuracy_row(name: str, accuracies: Sequence[float], test_rows: int, parame
         unit="accuracy",
         mode=f"seeds {each}; median {statistics.median(accuracies):.3f}; standard error {error:.3f}",
     )
-
-
-def _parameters(model: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(model / "model.safetensors", framework="numpy") as file:
-        return sum(int(file.get_tensor(name).size) for name in file.keys())  # noqa: SIM118 - not a dict
 
 
 if __name__ == "__main__":

@@ -76,6 +76,14 @@ def commit() -> str:
     return head + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
+def parameters_of(model: Path) -> int:
+    """Numbers in the weights of a Hugging Face folder of one file."""
+    from safetensors import safe_open
+
+    with safe_open(model / "model.safetensors", framework="numpy") as file:
+        return sum(int(file.get_tensor(name).size) for name in file.keys())  # noqa: SIM118 - not a dict
+
+
 def command() -> str:
     return "python3 " + shlex.join([str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
 
