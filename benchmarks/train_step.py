@@ -281,6 +281,8 @@ def reference(bench: Bench) -> None:
     best, seconds = tried
     others = ", ".join(f"{size}: {value:.2f} s" for size, value in seconds.items())
     result = attempt(lambda: timed(lambda: path.runner.log_probs(cut(groups, best)), bench.deadline))
+    if bench.profile:
+        profiled(lambda: path.runner.log_probs(cut(groups, best)), bench.results / "profile_reference_s.txt")
     how = f"shared prefix, no grad, {best} groups a micro-batch (tried {others})"
     bench.add_timing("reference_s", result, how, groups, passes=1, shared=True)
 
@@ -454,7 +456,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--append", action="store_true", help="keep the rows of the result file")
     parser.add_argument("--groups", type=int, default=4, help="groups a micro-batch of the ablation")
     parser.add_argument("--switches", nargs="*", default=[], help="some switches of the ablation; default: all")
-    parser.add_argument("--profile", action="store_true", help="write profile_<row>.txt of packed, shared and update")
+    parser.add_argument("--profile", action="store_true", help="write profile_<row>.txt of every fast row")
     parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of train_step.json")
     return parser.parse_args(argv)
 
