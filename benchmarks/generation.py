@@ -4,9 +4,9 @@
     python3 benchmarks/generation.py --model-size tiny --device cpu   # the same code on vLLM for CPU
 
 Rows: `engine_start_s` (CUDA graphs included, the compile cache as it is), `generate_tokens_per_s` (response tokens
-only) as the trainer asks for answers, the same without log-probs and with detokenising, and the canary: the distance of
-the engine's log-probs to those of the packed forward, beside what bf16 does to the plain model. Prefix and image caches
-are dropped before every repeat; the warm-up call is not counted.
+only) as the trainer asks for answers, the same through vLLM's output processor, there without log-probs and with
+detokenising, and the canary: the distance of the engine's log-probs to those of the packed forward, beside what bf16
+does to the plain model. Prefix and image caches are dropped before every repeat; the warm-up call is not counted.
 """
 
 from __future__ import annotations
@@ -82,8 +82,11 @@ def sampling_of(workload: Workload) -> Sampling:
 
 
 def answer_with(engine: VLLMEngine, prompts: Sequence[Prompt], sampling: Sampling, changes: dict[str, Any]) -> int:
-    """Response tokens of the same requests with other parameters, which `generate` does not offer."""
+    """Response tokens of the same requests with other parameters, through vLLM's own front door."""
+    from vllm.sampling_params import RequestOutputKind
+
     tokens, vllm = 0, engine.engine
+    changes = {"output_kind": RequestOutputKind.FINAL_ONLY, "flat_logprobs": True} | changes
     for place, prompt in enumerate(prompts):
         content = engine.input_of(prompt)
         for answer in range(sampling.n):
@@ -156,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(folder: Path, workload: Workload, device: str, repeats: int, extra: Sequence[str]) -> list[Any]:
     """All rows."""
-    prompts, patches = ctu_3b_prompts(None, workload)
+    prompts, patches = ctu_3b_prompts(None, workload, device=device)
     sampling = sampling_of(workload)
     begin = time.perf_counter()
     engine = build(folder, workload, patches, device, extra)
@@ -184,6 +187,7 @@ def measure(folder: Path, workload: Workload, device: str, repeats: int, extra: 
     base = None
     for name, run in (
         ("generate_tokens_per_s", as_the_trainer),
+        ("generate_tokens_per_s_output_processor", other()),
         ("generate_tokens_per_s_no_logprobs", other(logprobs=None)),
         ("generate_tokens_per_s_detokenized", other(detokenize=True)),
     ):

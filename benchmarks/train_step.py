@@ -469,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = resolve_device("auto")
     start_process_group_from_env(device)
     ctu_3b_model(folder, workload)
-    prompts, patches = ctu_3b_prompts(workload=workload)
+    prompts, patches = ctu_3b_prompts(workload=workload, device=device)
     minis = [
         ctu_3b_groups(prompts[start : start + workload.mini_batch], workload, with_old=start > 0, seed=1 + start)
         for start in range(0, len(prompts), workload.mini_batch)

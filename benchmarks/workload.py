@@ -184,9 +184,10 @@ def picture(key: str, grid: tuple[int, int, int], rng: np.random.Generator) -> I
 
 
 def ctu_3b_prompts(
-    count: int | None = None, workload: Workload = CTU_3B, *, seed: int = 0
+    count: int | None = None, workload: Workload = CTU_3B, *, seed: int = 0, device: str = "cpu"
 ) -> tuple[list[Prompt], PatchSource]:
-    """`count` (the workload's, when None) random prompts of `prompt_tokens` tokens, and the patches of their pictures.
+    """`count` (the workload's, when None) random prompts of `prompt_tokens` tokens, and the patches of their pictures
+    on `device`.
 
     The picture stands between its vision tokens in the middle of the text.
     """
@@ -205,7 +206,7 @@ def ctu_3b_prompts(
         key = f"plot-{number}"
         store[key] = picture(key, workload.grid, rng)
         prompts.append(Prompt(f"row-{number}", number, "ctu", ids, (key,), (workload.grid,), "A"))
-    return prompts, StoredPatches(store, ImageSpec(), cache_bytes=1 << 30)
+    return prompts, StoredPatches(store, ImageSpec(), cache_bytes=1 << 30, device=device)
 
 
 def ctu_3b_groups(

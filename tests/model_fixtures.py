@@ -83,8 +83,8 @@ def picture_store() -> dict[str, ImageRecord]:
     return {record.key: record for record in records}
 
 
-def patch_source() -> StoredPatches:
-    return StoredPatches(picture_store(), ImageSpec())
+def patch_source(device: str = "cpu") -> StoredPatches:
+    return StoredPatches(picture_store(), ImageSpec(), device=device)
 
 
 def image_patches(source: StoredPatches) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ class _Hosted:
         facts = model_facts(folder, AutoTokenizer.from_pretrained(folder))
         self.engine = VLLMEngine(
             engine_arguments(config, folder=folder, spec=spec, device=device, engines=1, waits_for_weights=False),
-            open_patches(stores, spec) if stores else patch_source(),
+            open_patches(stores, spec, device) if stores else patch_source(device),
             facts if stop_ids is None else replace(facts, stop_ids=stop_ids),
             device=device,
         )
@@ -86,9 +86,11 @@ class _Hosted:
     ) -> tuple[list[list[Response]], list[tuple[int, int, Response, int]]]:
         """The answers, and every report: (prompt, answer, response, answers then still unfinished)."""
         reports: list[tuple[int, int, Response, int]] = []
-        unfinished = self.engine.engine.get_num_unfinished_requests
         answers = self.engine.generate(
-            prompts, sampling, step=step, on_finished=lambda p, a, r: reports.append((p, a, r, unfinished()))
+            prompts,
+            sampling,
+            step=step,
+            on_finished=lambda p, a, r: reports.append((p, a, r, self.engine.unfinished())),
         )
         return answers, reports
 

@@ -33,7 +33,7 @@ def on_cuda(folder: Path) -> Policy:
 
 
 def run(policy: Policy, groups: list[TrainGroup], temperature: float = 0.8) -> TokenStats:
-    source = patch_source()
+    source = patch_source(policy.banned.device.type)
     batch = pack(groups, image_token_id=policy.config.image_token_id, merge_size=2)
     inputs = make_inputs(batch, source(batch.image_keys), source.dim, policy.banned.device)
     return policy(inputs, temperature=temperature, entropy_grad=True)
@@ -45,6 +45,16 @@ def batches(policy: Policy) -> dict[str, list[TrainGroup]]:
         "images": [make.group([4, 9, 1], WIDE), make.group([6]), make.group([3, 1, 5, 2, 40], SMALL, ODD)],
         "text": [make.group([3, 20], text=200), make.group([1])],
     }
+
+
+def test_patches_made_on_the_gpu_are_those_of_the_cpu_bit_for_bit() -> None:
+    here, there = patch_source(), patch_source("cuda")
+    keys = list(here.store)
+    for some in (keys, keys[:1]):
+        made = there(some)
+        assert made is not None and made.is_cuda
+        assert torch.equal(made.cpu(), here(some))
+    assert there([]) is None
 
 
 @pytest.mark.parametrize("name", ["images", "text"])

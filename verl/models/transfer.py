@@ -24,5 +24,5 @@ def to_device(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tens
 
 
 def pinned_to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on the device; on the way to a GPU it is pinned, so that the host does not wait."""
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+    """A tensor on the device, itself where it is there; on the way to a GPU it is pinned: the host does not wait."""
+    return x if x.device.type == device.type else x.pin_memory().to(device, non_blocking=True)

@@ -157,7 +157,7 @@ class SFTTrainer:
 
     def _build_engines(self) -> None:
         config = self.config
-        patches = open_patches(self.data.stores, ImageSpec.from_pretrained(self.folder))
+        patches = open_patches(self.data.stores, ImageSpec.from_pretrained(self.folder), self.device)
         policy = build_policy(
             self.folder,
             self.tokenizer,

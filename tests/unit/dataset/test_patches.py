@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from model_fixtures import SMALL, WIDE, patch_source, picture
 from torch.nn import functional as F
@@ -23,6 +24,12 @@ def test_patches_of_several_images_follow_each_other() -> None:
     assert torch.equal(made(KEYS), torch.cat(expected))
     assert torch.equal(made([KEYS[2], KEYS[0]]), torch.cat([expected[2], expected[0]]))
     assert made([]) is None
+
+
+@pytest.mark.parametrize("keys", [KEYS, KEYS[:2], KEYS[:1]], ids=["sizes mixed", "one size", "one image"])
+def test_the_way_to_a_gpu_makes_the_same_patches(keys: list[str]) -> None:
+    """Its CPU twin: `pinned_to_device` leaves a tensor where it is. tests/gpu compares on the device itself."""
+    assert torch.equal(source(0)._made_on_device(keys), source(1 << 24)(keys))
 
 
 def test_one_image_is_the_cached_tensor_itself() -> None:

@@ -1,4 +1,8 @@
-"""Patches of stored images, made where they are used and kept for a while: an epoch sees each image many times."""
+"""Patches of stored images, made where they are used.
+
+On a CPU they are kept for a while, because an epoch sees each image many times. For a GPU they are made there: a plot
+travels as bytes, a twelfth of its patches in fp32, and nothing has to be kept.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from verl.models.transfer import pinned_to_device
 from verl.protocol import ImageRecord
 from verl.utils.dataset.image_store import open_images
 from verl.utils.dataset.images import ImageSpec, to_patches
 
 
 class PatchSource(Protocol):
-    """Image keys -> patches (N, `dim`) fp32 of all images in order; None when there are no keys."""
+    """Image keys -> patches (N, `dim`) fp32 of all images in order, on any device; None when there are no keys."""
 
     dim: int
 
@@ -24,17 +30,26 @@ class PatchSource(Protocol):
 
 
 class StoredPatches:
-    """Patches from image stores, the most recently used ones cached up to `cache_bytes`."""
+    """Patches from image stores on `device`; on a CPU the most recently used ones are cached up to `cache_bytes`."""
 
-    def __init__(self, store: Mapping[str, ImageRecord], spec: ImageSpec, cache_bytes: int = 256 << 20) -> None:
+    def __init__(
+        self,
+        store: Mapping[str, ImageRecord],
+        spec: ImageSpec,
+        cache_bytes: int = 256 << 20,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.store = store
         self.spec = spec
         self.dim = spec.patch_dim
         self.cache_bytes = cache_bytes
+        self.device = torch.device(device)
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._held = 0
 
     def __call__(self, keys: Sequence[str]) -> Tensor | None:
+        if self.device.type != "cpu":
+            return self._made_on_device(keys) if keys else None
         found = [self._one(key) for key in keys]
         if len(found) == 1:
             return found[0]  # the cached tensor itself: nobody writes to patches
@@ -53,7 +68,16 @@ class StoredPatches:
             self._held -= old.nbytes
         return patches
 
+    def _made_on_device(self, keys: Sequence[str]) -> Tensor:
+        """Images of one size together. The host does not wait for the device."""
+        images = [self.store[key].pixels for key in keys]
+        alike = len({image.shape for image in images}) == 1
+        parts = [np.stack(images)] if alike else [np.array(image)[None] for image in images]
+        with torch.inference_mode(False):
+            made = [to_patches(pinned_to_device(torch.from_numpy(part), self.device), self.spec) for part in parts]
+            return made[0] if alike else torch.cat(made)
 
-def open_patches(stores: Sequence[Path], spec: ImageSpec) -> StoredPatches:
-    """Patches of the images in all `stores` (train, validation, test)."""
-    return StoredPatches(open_images(stores), spec)
+
+def open_patches(stores: Sequence[Path], spec: ImageSpec, device: torch.device | str = "cpu") -> StoredPatches:
+    """Patches of the images in all `stores` (train, validation, test), on `device`."""
+    return StoredPatches(open_images(stores), spec, device=device)

@@ -63,7 +63,7 @@ class ActorWorker:
         import_external(model.external_lib)
         self.folder = check_model_folder(model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=model.trust_remote_code)
-        self.patches = open_patches(stores, ImageSpec.from_pretrained(self.folder))
+        self.patches = open_patches(stores, ImageSpec.from_pretrained(self.folder), self.device)
         actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
         policy = self._policy(trained=True, offload=actor.fsdp_config.param_offload)
         self.engine = build_train_engine(

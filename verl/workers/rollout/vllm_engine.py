@@ -8,6 +8,9 @@ The n answers of a prompt are n requests that share one input, which is what vLL
 but such a request is answered only when the last of its n has ended. They share the prompt's KV blocks and the image's
 features by hash.
 
+Requests go to the engine's core and its raw outputs are gathered here: vLLM's own output processor, made for text that
+is streamed, takes as long again for every token as its scheduler does.
+
 Invariants
 - The sampled distribution is the policy's: logits / temperature, banned ids out of reach (then top-k, top-p); the
   log-probs are of that distribution.
@@ -18,16 +21,18 @@ Invariants
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -86,6 +91,27 @@ def set_environment(device: str) -> None:
         )
 
 
+@dataclass
+class _Answer:
+    """What one request has brought so far."""
+
+    place: tuple[int, int]
+    token_ids: list[int] = field(default_factory=list)
+    parts: list[Any] = field(default_factory=list)
+    """Of every step: arrays (tokens, 1) of token ids and log-probs."""
+
+    def add(self, output: Any) -> None:
+        """`output` is vLLM's EngineCoreOutput of one step."""
+        self.token_ids += output.new_token_ids
+        if output.new_token_ids:
+            self.parts.append(output.new_logprobs)
+
+    def log_probs(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(R,) token ids that were drawn and (R,) their log-probs."""
+        ids = np.concatenate([part.logprob_token_ids[:, 0] for part in self.parts])
+        return ids, np.concatenate([part.logprobs[:, 0] for part in self.parts]).astype(np.float32)
+
+
 class VLLMEngine(RolloutEngine):
     """See the module docstring. `arguments` are those of `vllm_plan.engine_arguments`.
 
@@ -109,7 +135,8 @@ class VLLMEngine(RolloutEngine):
     ) -> list[list[Response]]:
         missing = self._missing
         assert not missing, f"{len(missing)} weights are old, e.g. {sorted(missing)[:3]}: update them first"
-        places: dict[str, tuple[int, int]] = {}
+        core = self.engine.engine_core
+        unfinished: dict[str, _Answer] = {}
         found: dict[tuple[int, int], Response] = {}
         try:
             for place, (prompt, limit) in enumerate(zip(prompts, answer_limits(prompts, sampling), strict=True)):
@@ -122,19 +149,32 @@ class VLLMEngine(RolloutEngine):
                         stop_ids=self.model.stop_ids,
                     )
                     name = f"{place}.{answer}"
-                    places[name] = (place, answer)
-                    self.engine.add_request(name, content, self.parameters(parameters))
-            while self.engine.has_unfinished_requests():
-                for output in self.engine.step():
-                    where = places.pop(output.request_id)
-                    found[where] = self._response(output.outputs[0], sampling)
-                    if on_finished is not None:
-                        on_finished(*where, found[where])
+                    unfinished[name] = _Answer((place, answer))
+                    core.add_request(self._request(name, content, self.parameters(parameters)))
+            while unfinished:
+                for output in core.get_output().outputs:
+                    written = unfinished[output.request_id]
+                    written.add(output)
+                    if output.finish_reason is not None:
+                        del unfinished[output.request_id]
+                        found[written.place] = self._response(written, sampling)
+                        if on_finished is not None:
+                            on_finished(*written.place, found[written.place])
         except BaseException:
-            self.engine.abort_request(list(places))
+            core.abort_requests(list(unfinished))
             raise
-        assert not places, f"{len(places)} answers never ended, e.g. {sorted(places)[:3]}"
         return [[found[place, answer] for answer in range(sampling.n)] for place in range(len(prompts))]
+
+    def _request(self, name: str, content: Any, parameters: Any) -> Any:
+        """vLLM's request to its core, with its checks of the parameters."""
+        engine = self.engine
+        request = engine.input_processor.process_inputs(name, content, parameters, engine.get_supported_tasks())
+        request.external_req_id = name
+        return request
+
+    def unfinished(self) -> int:
+        """Answers that the engine is writing."""
+        return int(self.engine.engine_core.engine_core.scheduler.get_num_unfinished_requests())
 
     def input_of(self, prompt: Prompt) -> Any:
         """A ready-made engine input. Its parts are not copied for every answer."""
@@ -155,10 +195,10 @@ class VLLMEngine(RolloutEngine):
         """vLLM's own object for the fields of `request_parameters`, with what may not be drawn."""
         return self._vllm.sampling({**asked, **self._ban})
 
-    def _response(self, output: Any, sampling: Sampling) -> Response:
-        ids = np.array(output.token_ids, dtype=np.int32)
-        log_probs = np.array(output.logprobs.logprobs, dtype=np.float32)
-        assert len(ids) == len(log_probs), f"{len(ids)} tokens, {len(log_probs)} log-probs"
+    def _response(self, written: _Answer, sampling: Sampling) -> Response:
+        ids = np.array(written.token_ids, dtype=np.int32)
+        drawn, log_probs = written.log_probs()
+        assert np.array_equal(ids, drawn), f"log-probs of tokens {drawn.tolist()}, answer {ids.tolist()}"
         stopped = not sampling.ignore_eos and int(ids[-1]) in self.model.stop_ids
         return Response(ids, log_probs, StopReason.EOS if stopped else StopReason.LENGTH)
 
@@ -245,8 +285,13 @@ class _Library:
             ) from error
         from vllm.engine.arg_utils import EngineArgs
         from vllm.inputs.engine import mm_input, tokens_input
-        from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
+        from vllm.multimodal.inputs import (
+            MultiModalFieldConfig,
+            MultiModalFlatField,
+            MultiModalKwargsItems,
+            PlaceholderRange,
+        )
+        from vllm.sampling_params import SamplingParams
         from vllm.v1.engine.llm_engine import LLMEngine
 
         # It would warn at every update on CPU of the layers that have no weight of their own.
@@ -256,7 +301,16 @@ class _Library:
         self.text_input = tokens_input
         self._image_input, self._span = mm_input, PlaceholderRange
         self._fields, self._items = MultiModalFieldConfig, MultiModalKwargsItems
-        self._sampling, self._final = SamplingParams, RequestOutputKind.FINAL_ONLY
+
+        @dataclass(frozen=True, kw_only=True)
+        class OnDevice(MultiModalFlatField):
+            """Patches that are on the GPU already: vLLM would gather them in pinned host memory first."""
+
+            def _reduce_data(self, batch: list[Tensor], *, pin_memory: bool) -> Tensor:
+                return batch[0] if len(batch) == 1 else torch.cat(batch)
+
+        self._flat, self._on_device = MultiModalFlatField, OnDevice
+        self._sampling = SamplingParams
 
     def known_options(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Raises ValueError on an argument that this version does not have, naming the nearest ones."""
@@ -272,7 +326,7 @@ class _Library:
         return {**own, **arguments}
 
     def sampling(self, parameters: Mapping[str, Any]) -> Any:
-        return self._sampling(**parameters, output_kind=self._final, flat_logprobs=True, skip_clone=True)
+        return self._sampling(**parameters, skip_clone=True)
 
     def image_input(
         self,
@@ -284,8 +338,11 @@ class _Library:
     ) -> Any:
         thw = torch.tensor(grids)
         tensors = {"pixel_values": patches, "image_grid_thw": thw}
+        ends = [0, *itertools.accumulate(thw.prod(-1).tolist())]
+        kind = self._flat if patches.device.type == "cpu" else self._on_device
+        flat = kind(slices=[slice(*bounds) for bounds in itertools.pairwise(ends)])
         fields = {
-            "pixel_values": self._fields.flat_from_sizes("image", thw.prod(-1)),
+            "pixel_values": self._fields(field=flat, modality="image"),
             "image_grid_thw": self._fields.batched("image", keep_on_cpu=True),
         }
         return self._image_input(

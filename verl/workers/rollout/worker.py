@@ -72,7 +72,7 @@ def build_engine(
     folder = check_model_folder(model.path)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     spec = ImageSpec.from_pretrained(folder, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels)
-    patches = open_patches(stores, spec)
+    patches = open_patches(stores, spec, device)
     if rollout.name == "vllm":
         place.announce()
         arguments = engine_arguments(
