@@ -196,6 +196,8 @@ def result_rows(shape: Shape, measured: Sequence[dict[str, float]]) -> list[rows
     ):
         if seconds(metric):
             made.append(row(name, max(seconds(metric)), "GiB", "; largest process"))
+    if apart := seconds("canary/logprob_diff_mean"):
+        made.append(row("canary_logprob_diff_mean", max(apart), "nats", "; engine to actor, the worst step"))
     for name, metric in (
         ("gpu_growth_gib", "perf/gpu_memory_in_use_gb"),
         ("host_growth_gib", "perf/cpu_memory_resident_gb"),
