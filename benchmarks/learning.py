@@ -126,6 +126,8 @@ def rl_command(run: Run, recipe: Recipe, limits: Limits) -> list[str]:
     rollout = [f"{arl}.rollout.name={run.engine}", f"{arl}.rollout.n=8", f"{arl}.rollout.temperature=0.7"]
     if run.engine == "vllm":
         rollout += [f"{arl}.rollout.gpu_memory_utilization=0.08", f"{arl}.rollout.enforce_eager=True"]
+        # Told, not measured: what other runs on the GPU take and free meanwhile would disturb the measurement.
+        rollout += [f"+{arl}.rollout.engine_kwargs.vllm.kv_cache_memory_bytes={2 << 30}"]
     else:
         rollout += [f"{arl}.rollout.hf_batch_size=512"]
     return [
