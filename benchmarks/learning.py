@@ -4,7 +4,7 @@ Every run makes a random Qwen2.5-VL of a few million parameters, trains it on th
 of steps (with `--stop-parse-failure 0.02`: until fewer than 2 % of its validation answers are malformed, a rule that
 does not look at accuracy), and goes on with GRPO. Limits of prompts and answers follow from the data. Reported are the
 test accuracy and macro-F1 before and after GRPO, and whether the training reward rose: mean of the last ten
-steps minus the first ten, in standard errors over the seeds.
+steps minus the first ten, in standard errors over the seeds. `curves/learning.json` holds every step's mean reward.
 
     python3 benchmarks/learning.py --tasks ctu har --seeds 1 2 3 --engine hf --jobs 6
     python3 benchmarks/learning.py --tasks basic_motions --engine hf vllm      # and McNemar's test between the two
@@ -233,6 +233,14 @@ def reward_gain(curves: Sequence[Sequence[float]]) -> tuple[float, float]:
     return statistics.mean(gains), (sum(variances) ** 0.5) / len(curves)
 
 
+def write_curves(curves: dict[str, dict[str, list[float]]], path: Path, *, append: bool) -> None:
+    """Mean training reward of every step, by workload and seed; `append` keeps other workloads."""
+    kept = json.loads(path.read_text()) if append and path.is_file() else {}
+    path.parent.mkdir(exist_ok=True)
+    lines = (f" {json.dumps(name)}: {json.dumps(seeds)}" for name, seeds in (kept | curves).items())
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def mcnemar(one: dict[str, bool], other: dict[str, bool]) -> tuple[int, int, float]:
     """Rows that only one of two models gets right, each way, and the exact two-sided p-value (McNemar 1947)."""
     assert one.keys() == other.keys(), "McNemar's test compares the same rows"
@@ -328,6 +336,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(runs, pool.map(attempt, runs), strict=True))
     made: list[rows.BenchmarkRow] = []
+    curves: dict[str, dict[str, list[float]]] = {}
     for task in args.tasks:
         by_engine = {
             engine: {r.seed: f for r, f in results.items() if f and (r.task, r.engine) == (task, engine)}
@@ -336,10 +345,13 @@ def main() -> None:
         for engine, found in by_engine.items():
             if found:
                 parameters = rows.parameters_of(Run(task, min(found), engine).folder(recipe) / "tiny")
-                made += _rows(f"{task} ({args.modality}), {engine} engine", found, parameters)
+                workload = f"{task} ({args.modality}), {engine} engine"
+                made += _rows(workload, found, parameters)
+                curves[workload] = {str(s): [round(x, 4) for x in f["rewards"]] for s, f in found.items()}
         if len(args.engine) == 2 and by_engine["hf"].keys() == by_engine["vllm"].keys() and by_engine["hf"]:
             made.append(_comparison(task, by_engine["hf"], by_engine["vllm"]))
     rows.write("learning", made, append=args.append)
+    write_curves(curves, rows.RESULTS / "curves" / "learning.json", append=args.append)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

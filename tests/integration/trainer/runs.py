@@ -286,7 +286,7 @@ class Launcher:
             "RAY_memory_monitor_refresh_ms": "0",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "COLUMNS": "120",
         }
 
