@@ -9,5 +9,5 @@ from verl.trainer import main_ppo
 from verl.trainer.ppo import cluster
 
 if __name__ == "__main__":
-    cluster.plan_placement = functools.partial(cluster.plan_placement, split_on_cpu=True, tensor_parallel_on_cpu=True)
+    cluster.plan_placement = functools.partial(cluster.plan_placement, as_on_gpus=True)
     sys.exit(main_ppo.main(sys.argv[1:]))

@@ -155,7 +155,7 @@ def test_split_placement_is_refused_on_a_cpu() -> None:
     split = [f"{W}.hybrid_engine=False", f"{W}.rollout.nnodes=1"]
     with pytest.raises(ValueError, match=r"set actor_rollout_ref\.hybrid_engine=True"):
         plan_placement(config(*split), "cpu")
-    assert plan_placement(config(*split), "cpu", split_on_cpu=True).gpus == 2
+    assert plan_placement(config(*split), "cpu", as_on_gpus=True).gpus == 2
     with pytest.raises(ValueError, match="hybrid_engine=False puts actor and rollout on GPUs"):
         config(*split, "trainer.device=cpu")
 
@@ -164,7 +164,7 @@ def test_an_engine_over_two_ranks_is_refused_on_a_cpu() -> None:
     two = config("trainer.n_gpus_per_node=2", f"{W}.rollout.tensor_model_parallel_size=2")
     with pytest.raises(ValueError, match=r"tensor_model_parallel_size=2 cuts the model over GPUs.*set it to 1"):
         plan_placement(two, "cpu")
-    assert plan_placement(two, "cpu", tensor_parallel_on_cpu=True).gpus == plan_placement(two, "cuda").gpus == 2
+    assert plan_placement(two, "cpu", as_on_gpus=True).gpus == plan_placement(two, "cuda").gpus == 2
 
 
 @pytest.mark.parametrize(

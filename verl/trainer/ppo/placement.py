@@ -34,16 +34,14 @@ class PlacementPlan:
         return f"{self.actors.ranks} actor ranks and {self.rollouts.ranks} rollout ranks on {self.actors.device} each"
 
 
-def plan_placement(
-    config: PPOConfig, device: str, *, split_on_cpu: bool = False, tensor_parallel_on_cpu: bool = False
-) -> PlacementPlan:
+def plan_placement(config: PPOConfig, device: str, *, as_on_gpus: bool = False) -> PlacementPlan:
     """The plan of `actor_rollout_ref.hybrid_engine`. Raises ValueError for a split run, or engine, on a CPU.
 
-    `split_on_cpu` and `tensor_parallel_on_cpu` are for tests of these programs where there is no GPU.
+    `as_on_gpus` is for tests: a CPU is then given what only GPUs make sense for.
     """
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
     tp = rollout.tensor_model_parallel_size
-    if device == "cpu" and rollout.name == "vllm" and tp > 1 and not tensor_parallel_on_cpu:
+    if device == "cpu" and rollout.name == "vllm" and tp > 1 and not as_on_gpus:
         raise ValueError(
             f"actor_rollout_ref.rollout.tensor_model_parallel_size={tp} cuts the model over GPUs, and this run is on "
             "the CPU: set it to 1"
@@ -51,7 +49,7 @@ def plan_placement(
     actors = Resources(trainer.nnodes, trainer.n_gpus_per_node, device)
     if config.actor_rollout_ref.hybrid_engine:
         return PlacementPlan(actors, actors, colocated=True)
-    if device == "cpu" and not split_on_cpu:
+    if device == "cpu" and not as_on_gpus:
         raise ValueError(
             "actor_rollout_ref.hybrid_engine=False puts actor and rollout on GPUs of their own, and this run is on "
             "the CPU: set actor_rollout_ref.hybrid_engine=True"
