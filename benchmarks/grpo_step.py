@@ -188,8 +188,8 @@ def result_rows(shape: Shape, measured: Sequence[dict[str, float]]) -> list[rows
     ]
     made += [row(name, median(seconds(metric)), "s") for name, metric in PHASES.items() if seconds(metric)]
     made.append(row("generate_tokens_per_s", shape.answers / median(seconds("timing_s/gen")), "response tokens/s"))
-    known = sum(median(seconds(metric)) for metric in PHASES.values() if seconds(metric))
-    made.append(row("rest_s", median(whole) - known, "s", "; step less the phases above"))
+    rest = [step["timing_s/step"] - sum(step.get(metric, 0.0) for metric in PHASES.values()) for step in measured]
+    made.append(row("rest_s", median(rest), "s", "; step less the phases above"))
     for name, metric in (
         ("peak_gpu_gib", "perf/max_memory_allocated_gb"),
         ("peak_host_gib", "perf/cpu_memory_used_gb"),

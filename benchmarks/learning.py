@@ -106,7 +106,7 @@ def sft_command(run: Run, recipe: Recipe, limits: Limits) -> list[str]:
         f"data.max_response_length={limits.response}",
         f"model.partial_pretrain={folder}/tiny",
         "model.enable_gradient_checkpointing=False",
-        *("optim.lr=1e-3", "optim.lr_scheduler=constant", "optim.warmup_steps_ratio=0.02"),
+        *("optim.lr=5e-4", "optim.lr_scheduler=constant", "optim.warmup_steps_ratio=0.02"),
         *_sampling("rollout"),
         *("rollout.hf_batch_size=512", "reward.format=strict"),
         f"trainer.stop_parse_failure={'null' if recipe.stop_parse_failure is None else recipe.stop_parse_failure}",
@@ -187,7 +187,7 @@ def _train(run: Run, recipe: Recipe, folder: Path) -> dict[str, Any]:
     begin = time.monotonic()
     texts = recipe.data / f"{run.task}_{recipe.modality}" / "sft_fit.parquet"
     size = ["--hidden", str(recipe.hidden), "--layers", str(recipe.layers)]
-    made = [*("--output", str(folder / "tiny"), "--texts", str(texts), "--seed", str(run.seed)), *size]
+    made = [*("--output", str(folder / "tiny"), "--texts", str(texts), "--seed", str(run.seed)), "--for-plots", *size]
     _call([sys.executable, "-m", "verl.models.tiny", *made], log)
     limits = Limits.of(folder / "tiny", texts.parent)
     _call(sft_command(run, recipe, limits), log)

@@ -106,13 +106,14 @@ class _Hosted:
             self.engine.end_update()
 
     def patches_held(self) -> int:
-        """Tensors of patches that this process keeps in host memory beside its cache of patches."""
+        """Tensors of patches or of an image's bytes that this process keeps, on any device."""
         self.engine.drop_caches()
         gc.collect()
-        width, cached = self.engine.patches.dim, {id(x) for x in self.engine.patches._cache.values()}
+        width = self.engine.patches.dim
         # Fake ones are those of compiled code and hold nothing; their sizes may be symbols.
-        plain = (o for o in gc.get_objects() if type(o) is torch.Tensor and o.dim() == 2 and o.device.type == "cpu")
-        return sum(o.shape[1] == width and id(o) not in cached for o in plain)
+        plain = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.device.type != "meta"]
+        patches = sum(o.dim() == 2 and o.shape[1] == width and o.dtype == torch.float32 for o in plain)
+        return patches + sum(o.dim() == 3 and o.shape[0] == 3 and o.dtype == torch.uint8 for o in plain)
 
     def finish_update(self) -> None:
         self.engine.end_update()

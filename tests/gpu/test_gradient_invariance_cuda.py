@@ -67,14 +67,14 @@ def flat_gradient(model: nn.Module) -> Tensor:
 
 
 def packed_gradient(policy: Policy, cut: Cut) -> Tensor:
-    runner = PackedRunner(policy, patch_source(), CUDA, TEMPERATURE)
+    runner = PackedRunner(policy, patch_source("cuda"), CUDA, TEMPERATURE)
     for micro in runner.micro_batches(cut, trained=True):
         loss_of(policy(micro.inputs, temperature=TEMPERATURE).log_probs, micro.groups).backward()
     return flat_gradient(policy.hf)
 
 
 def padded_gradient(judge: PaddedReference, cut: Cut) -> Tensor:
-    images = image_patches(patch_source())
+    images = image_patches(patch_source("cuda"))
     for groups in cut:
         loss_of(judge(groups, images, TEMPERATURE, with_entropy=False)[0], groups).backward()
     return flat_gradient(judge.model)
@@ -106,11 +106,11 @@ def test_in_bf16_packed_gradients_are_as_exact_as_padded_ones(folder: Path, grou
 
 def test_fifty_steps_of_packed_and_padded_training_have_one_loss_curve(folder: Path, groups: list[TrainGroup]) -> None:
     """bf16 compute on fp32 weights; the padded trainer's own distance between two cuts is the yardstick."""
-    images = image_patches(patch_source())
+    images = image_patches(patch_source("cuda"))
 
     def curve(padded: bool, cut: Cut) -> Tensor:
         judge, policy = judge_of(folder, torch.bfloat16), policy_of(folder, torch.bfloat16)
-        runner = PackedRunner(policy, patch_source(), CUDA, TEMPERATURE)
+        runner = PackedRunner(policy, patch_source("cuda"), CUDA, TEMPERATURE)
         parameters = list((judge.model if padded else policy.hf).parameters())
         masters = [p.detach().float() for p in parameters]
         optimizer = torch.optim.AdamW(masters, lr=1e-3)

@@ -29,7 +29,8 @@ def test_patches_of_several_images_follow_each_other() -> None:
 @pytest.mark.parametrize("keys", [KEYS, KEYS[:2], KEYS[:1]], ids=["sizes mixed", "one size", "one image"])
 def test_the_way_to_a_gpu_makes_the_same_patches(keys: list[str]) -> None:
     """Its CPU twin: `pinned_to_device` leaves a tensor where it is. tests/gpu compares on the device itself."""
-    assert torch.equal(source(0)._made_on_device(keys), source(1 << 24)(keys))
+    made = source(0)
+    assert torch.equal(made.made_of(made.pixels(keys)), torch.cat([source(0)([key]) for key in keys]))
 
 
 def test_one_image_is_the_cached_tensor_itself() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from verl.models.policy import VISION_TOKENS, banned_ids, check_model_folder, load_policy, parameter_shapes, stop_ids
 from verl.models.tiny import SPECIAL_TOKENS, TinySize, create_tiny_model, texts_of_parquet
-from verl.utils.dataset.images import ImageSpec
+from verl.utils.dataset.images import ImageSpec, to_patches
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,17 @@ def test_another_seed_writes_other_weights(folder: Path, tmp_path: Path) -> None
     name = "model.language_model.embed_tokens.weight"
     key = name if name in one else next(k for k in one if k.endswith("embed_tokens.weight"))
     assert one.keys() == other.keys() and not torch.equal(one[key], other[key])
+
+
+def test_a_model_for_plots_sees_nothing_on_white_and_has_matrices_of_unit_gain(tmp_path: Path) -> None:
+    create_tiny_model(tmp_path, TEXTS, size=SIZE, for_plots=True)
+    white = np.full((3, 56, 56), 255, np.uint8)
+    assert torch.count_nonzero(to_patches(white, ImageSpec.from_pretrained(tmp_path))) == 0
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path)
+    matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv3d)]
+    gains = [float(w.std() * w[0].numel() ** 0.5) for w in matrices]
+    assert gains == pytest.approx([1.0] * len(gains), rel=0.1)
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
 
 
 def test_the_default_size_has_between_1_and_20_million_parameters(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Equal bit for bit to the torchvision backend of transformers' `Qwen2VLImageProcessor` (read and compared at 5.17.0 with
 torchvision 0.28), which cannot be imported without torchvision. Two steps, so that pixels are stored once as uint8
-(1/24 of the size of the patches) and patches are made where they are used.
+(an eighth of the size of the patches) and patches are made where they are used.
 
 Invariants
 - Pixels and patches equal the library's, whatever the source size and mode.
@@ -16,6 +16,7 @@ import hashlib
 import io
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -209,14 +210,23 @@ def token_count(grid: Grid, merge_size: int = 2) -> int:
     return grid[0] * grid[1] * grid[2] // merge_size**2
 
 
-def to_patches(
-    pixels: torch.Tensor | NDArray[np.uint8], spec: ImageSpec, device: torch.device | str | None = None
-) -> torch.Tensor:
+@lru_cache(maxsize=8)
+def _scale(spec: ImageSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (3, 1, 1) of bytes, made once: what is sent to a GPU makes the host wait for it."""
+    with torch.inference_mode(False):
+        mean, std = (
+            (torch.tensor(values, device=device) * (1.0 / RESCALE_FACTOR)).view(3, 1, 1)
+            for values in (spec.mean, spec.std)
+        )
+    return mean, std
+
+
+def to_patches(pixels: torch.Tensor | NDArray[np.uint8], spec: ImageSpec) -> torch.Tensor:
     """(3, H, W) or (B, 3, H, W) uint8 -> float32 (B * h * w, `spec.patch_dim`), the tower's `pixel_values`.
 
     Patches of one merged token are neighbours; a row holds channel, temporal copy, patch row, patch column. Rescaling
     and normalisation are one subtraction and one division with the mean and std scaled by 255, as the library fuses
-    them. They run before the temporal copies are made, on `device` if given: uint8 travels, not float.
+    them. They run before the temporal copies are made, on the device that holds the pixels.
     """
     if not isinstance(pixels, torch.Tensor):
         pixels = torch.from_numpy(np.array(pixels))  # copied: a memory map is read-only, which torch cannot express
@@ -227,14 +237,9 @@ def to_patches(
     assert channels == 3 and height % spec.factor == 0 and width % spec.factor == 0, (
         f"pixels (B, 3, H, W) with sides multiples of {spec.factor} expected, got {tuple(images.shape)}"
     )
-    if device is not None:
-        images = images.to(device, non_blocking=True)
     rows, columns = height // spec.factor, width // spec.factor
     blocks = images.reshape(batch, 3, rows, merge, size, columns, merge, size).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    mean, std = (
-        (torch.tensor(values, device=images.device) * (1.0 / RESCALE_FACTOR)).view(3, 1, 1)
-        for values in (spec.mean, spec.std)
-    )
+    mean, std = _scale(spec, images.device)
     blocks = blocks.contiguous().to(torch.float32).sub_(mean).div_(std)
     copies = blocks.unsqueeze(6).expand(*blocks.shape[:6], spec.temporal_patch_size, size, size)
     return copies.reshape(batch * rows * columns * merge**2, spec.patch_dim)

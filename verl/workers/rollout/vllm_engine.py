@@ -8,8 +8,8 @@ The n answers of a prompt are n requests that share one input, which is what vLL
 but such a request is answered only when the last of its n has ended. They share the prompt's KV blocks and the image's
 features by hash.
 
-Requests go to the engine's core and its raw outputs are gathered here: vLLM's own output processor, made for text that
-is streamed, takes as long again for every token as its scheduler does.
+Requests go to the engine's core and its raw outputs are gathered here, without vLLM's output processor, which is made
+for text that is streamed. A request holds its images as bytes; their patches are made, on the GPU, when they are used.
 
 Invariants
 - The sampled distribution is the policy's: logits / temperature, banned ids out of reach (then top-k, top-p); the
@@ -21,7 +21,6 @@ Invariants
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,7 +31,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -97,19 +95,26 @@ class _Answer:
 
     place: tuple[int, int]
     token_ids: list[int] = field(default_factory=list)
-    parts: list[Any] = field(default_factory=list)
-    """Of every step: arrays (tokens, 1) of token ids and log-probs."""
+    log_probs: list[float] = field(default_factory=list)
 
-    def add(self, output: Any) -> None:
-        """`output` is vLLM's EngineCoreOutput of one step."""
-        self.token_ids += output.new_token_ids
+    def add(self, output: Any) -> bool:
+        """Take vLLM's EngineCoreOutput of one step. Returns whether the answer has ended.
+
+        Raises RuntimeError where it ended for another reason than a stop id or its length.
+        """
         if output.new_token_ids:
-            self.parts.append(output.new_logprobs)
-
-    def log_probs(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(R,) token ids that were drawn and (R,) their log-probs."""
-        ids = np.concatenate([part.logprob_token_ids[:, 0] for part in self.parts])
-        return ids, np.concatenate([part.logprobs[:, 0] for part in self.parts]).astype(np.float32)
+            drawn = output.new_logprobs  # arrays (tokens, 1 + further ones); the first column is what was drawn
+            assert drawn.logprob_token_ids[0, 0] == output.new_token_ids[0], "log-probs of other tokens"
+            self.token_ids += output.new_token_ids
+            self.log_probs += drawn.logprobs[:, 0].tolist()
+        reason = output.finish_reason
+        if reason is not None and (str(reason) not in ("stop", "length") or not self.token_ids):
+            prompt, answer = self.place
+            raise RuntimeError(
+                f"vLLM ended answer {answer} of prompt {prompt} of the call with {str(reason)!r} after "
+                f"{len(self.token_ids)} tokens"
+            )
+        return reason is not None
 
 
 class VLLMEngine(RolloutEngine):
@@ -125,6 +130,7 @@ class VLLMEngine(RolloutEngine):
         self._vllm = _Library()
         options = self._vllm.known_options(arguments)
         self.engine = self._vllm.engine_class.from_engine_args(self._vllm.arguments_class(**options))
+        self._calls = 0
         self._missing = set(model.shapes) if arguments["load_format"] == "dummy" else set()
         self._staged: dict[str, Tensor] = {}
 
@@ -136,6 +142,7 @@ class VLLMEngine(RolloutEngine):
         missing = self._missing
         assert not missing, f"{len(missing)} weights are old, e.g. {sorted(missing)[:3]}: update them first"
         core = self.engine.engine_core
+        self._calls += 1
         unfinished: dict[str, _Answer] = {}
         found: dict[tuple[int, int], Response] = {}
         try:
@@ -148,14 +155,15 @@ class VLLMEngine(RolloutEngine):
                         seed=answer_seed(sampling.seed, step, prompt.uid, answer),
                         stop_ids=self.model.stop_ids,
                     )
-                    name = f"{place}.{answer}"
+                    # Never used again: a step for an answer that has ended may still be under way (asynchronous
+                    # scheduling), and vLLM would give its token to the next answer of that name.
+                    name = f"{self._calls}.{place}.{answer}"
                     unfinished[name] = _Answer((place, answer))
                     core.add_request(self._request(name, content, self.parameters(parameters)))
             while unfinished:
-                for output in core.get_output().outputs:
+                for output in self._step():
                     written = unfinished[output.request_id]
-                    written.add(output)
-                    if output.finish_reason is not None:
+                    if written.add(output):
                         del unfinished[output.request_id]
                         found[written.place] = self._response(written, sampling)
                         if on_finished is not None:
@@ -168,9 +176,19 @@ class VLLMEngine(RolloutEngine):
     def _request(self, name: str, content: Any, parameters: Any) -> Any:
         """vLLM's request to its core, with its checks of the parameters."""
         engine = self.engine
-        request = engine.input_processor.process_inputs(name, content, parameters, engine.get_supported_tasks())
-        request.external_req_id = name
-        return request
+        return engine.input_processor.process_inputs(name, content, parameters, engine.get_supported_tasks())
+
+    def _step(self) -> Sequence[Any]:
+        """EngineCoreOutputs of one step of the core, logged as vLLM would (`disable_log_stats=False`)."""
+        engine = self.engine
+        made = engine.engine_core.get_output()
+        assert made.outputs or self.unfinished(), "vLLM has lost requests: answers are awaited, and it writes none"
+        if engine.logger_manager is not None and made.scheduler_stats is not None:
+            stats = self._vllm.iteration_stats()
+            stats.num_generation_tokens = sum(len(output.new_token_ids) for output in made.outputs)
+            engine.logger_manager.record(scheduler_stats=made.scheduler_stats, iteration_stats=stats)
+            engine.do_log_stats_with_interval()
+        return made.outputs  # type: ignore[no-any-return]
 
     def unfinished(self) -> int:
         """Answers that the engine is writing."""
@@ -181,15 +199,13 @@ class VLLMEngine(RolloutEngine):
         ids = prompt.token_ids.tolist()
         if not prompt.image_keys:
             return self._vllm.text_input(ids)
-        patches = self.patches(prompt.image_keys)
-        assert patches is not None
         spans = image_spans(
             prompt.token_ids,
             prompt.image_grids,
             image_token_id=self.model.image_token_id,
             merge_size=self.model.merge_size,
         )
-        return self._vllm.image_input(ids, patches, prompt.image_grids, prompt.image_keys, spans)
+        return self._vllm.image_input(ids, self.patches, prompt.image_grids, prompt.image_keys, spans)
 
     def parameters(self, asked: Mapping[str, Any]) -> Any:
         """vLLM's own object for the fields of `request_parameters`, with what may not be drawn."""
@@ -197,8 +213,8 @@ class VLLMEngine(RolloutEngine):
 
     def _response(self, written: _Answer, sampling: Sampling) -> Response:
         ids = np.array(written.token_ids, dtype=np.int32)
-        drawn, log_probs = written.log_probs()
-        assert np.array_equal(ids, drawn), f"log-probs of tokens {drawn.tolist()}, answer {ids.tolist()}"
+        log_probs = np.array(written.log_probs, dtype=np.float32)
+        assert len(ids) == len(log_probs), f"{len(ids)} tokens, {len(log_probs)} log-probs"
         stopped = not sampling.ignore_eos and int(ids[-1]) in self.model.stop_ids
         return Response(ids, log_probs, StopReason.EOS if stopped else StopReason.LENGTH)
 
@@ -286,30 +302,33 @@ class _Library:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.inputs.engine import mm_input, tokens_input
         from vllm.multimodal.inputs import (
+            MultiModalBatchedField,
             MultiModalFieldConfig,
-            MultiModalFlatField,
             MultiModalKwargsItems,
             PlaceholderRange,
         )
         from vllm.sampling_params import SamplingParams
         from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.v1.metrics.stats import IterationStats
 
         # It would warn at every update on CPU of the layers that have no weight of their own.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         self.version = vllm.__version__
         self.engine_class, self.arguments_class = LLMEngine, EngineArgs
-        self.text_input = tokens_input
+        self.text_input, self.iteration_stats = tokens_input, IterationStats
         self._image_input, self._span = mm_input, PlaceholderRange
         self._fields, self._items = MultiModalFieldConfig, MultiModalKwargsItems
 
         @dataclass(frozen=True, kw_only=True)
-        class OnDevice(MultiModalFlatField):
-            """Patches that are on the GPU already: vLLM would gather them in pinned host memory first."""
+        class Pixels(MultiModalBatchedField):
+            """A request holds the bytes of its images; the patches of a batch are made when the tower takes them."""
+
+            patches: PatchSource
 
             def _reduce_data(self, batch: list[Tensor], *, pin_memory: bool) -> Tensor:
-                return batch[0] if len(batch) == 1 else torch.cat(batch)
+                return self.patches.made_of(batch)
 
-        self._flat, self._on_device = MultiModalFlatField, OnDevice
+        self._pixels = Pixels
         self._sampling = SamplingParams
 
     def known_options(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,18 +350,15 @@ class _Library:
     def image_input(
         self,
         ids: list[int],
-        patches: Tensor,
+        patches: PatchSource,
         grids: Sequence[tuple[int, int, int]],
         keys: Sequence[str],
         spans: Sequence[tuple[int, int]],
     ) -> Any:
         thw = torch.tensor(grids)
-        tensors = {"pixel_values": patches, "image_grid_thw": thw}
-        ends = [0, *itertools.accumulate(thw.prod(-1).tolist())]
-        kind = self._flat if patches.device.type == "cpu" else self._on_device
-        flat = kind(slices=[slice(*bounds) for bounds in itertools.pairwise(ends)])
+        tensors = {"pixel_values": patches.pixels(keys), "image_grid_thw": thw}
         fields = {
-            "pixel_values": self._fields(field=flat, modality="image"),
+            "pixel_values": self._fields(field=self._pixels(patches=patches), modality="image"),
             "image_grid_thw": self._fields.batched("image", keep_on_cpu=True),
         }
         return self._image_input(

@@ -98,7 +98,7 @@ class RolloutWorker:
         model = config.actor_rollout_ref.model
         folder, self.overrides = check_model_folder(model.path), model.override_config
         self.shapes = parameter_shapes(folder, self.overrides)
-        self.patches = open_patches(stores, ImageSpec.from_pretrained(folder))
+        self.patches = open_patches(stores, ImageSpec.from_pretrained(folder))  # of the plain model, maybe on the CPU
         self.weights = WeightReceiver(self.engine, self.shapes, torch.device(self.device))
 
     def plain_log_probs(
