@@ -29,6 +29,13 @@ def model(work: Path, data: Data) -> Path:
     return work / "placements"
 
 
+@pytest.fixture(autouse=True)
+def no_shared_memory_of_a_killed_engine() -> None:
+    """vLLM on CPU names the shared memory of two ranks alike in every run, and refuses one that a killed run left."""
+    for left in Path("/dev/shm").rglob("*cpushm_*"):
+        left.unlink()
+
+
 def started(launcher: Launcher, overrides: list[str], folder: Path) -> Started:
     script = str(Path(__file__).with_name("gpu_placements.py"))
     hidden = {"PYTHONPATH": vllm_path(), "CUDA_VISIBLE_DEVICES": ""}
