@@ -109,7 +109,7 @@ def test_forward_and_backward_do_not_wait_for_the_device(folder: Path) -> None:
     make = Maker(policy.config)
     groups = [make.group([3, 20, 1], WIDE), make.group([5, 5], SMALL, ODD)]
     run(policy, groups).log_probs.sum().backward()  # kernels and plans are made once
-    runner = PackedRunner(policy, patch_source(), torch.device("cuda"), 0.8)
+    runner = PackedRunner(policy, patch_source("cuda"), torch.device("cuda"), 0.8)
     runner.pack_ahead = False
     torch.cuda.set_sync_debug_mode("error")
     try:
