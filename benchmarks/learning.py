@@ -41,6 +41,10 @@ from verl.utils.dataset.rows import Columns
 _EDGE = 10  # steps at each end of the reward curve that are compared
 
 
+STARTS = {"plots": (["--for-plots"], "5e-4"), "library": ([], "1e-3")}
+"""How the random model is made (arguments of verl.models.tiny), and the learning rate of SFT that goes with it."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What all runs share."""
@@ -54,6 +58,8 @@ class Recipe:
     rl_steps: int
     stop_parse_failure: float | None
     device: str
+    start: str
+    """A key of `STARTS`."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def sft_command(run: Run, recipe: Recipe, limits: Limits) -> list[str]:
         f"data.max_response_length={limits.response}",
         f"model.partial_pretrain={folder}/tiny",
         "model.enable_gradient_checkpointing=False",
-        *("optim.lr=5e-4", "optim.lr_scheduler=constant", "optim.warmup_steps_ratio=0.02"),
+        *(f"optim.lr={STARTS[recipe.start][1]}", "optim.lr_scheduler=constant", "optim.warmup_steps_ratio=0.02"),
         *_sampling("rollout"),
         *("rollout.hf_batch_size=512", "reward.format=strict"),
         f"trainer.stop_parse_failure={'null' if recipe.stop_parse_failure is None else recipe.stop_parse_failure}",
@@ -187,7 +193,11 @@ def _train(run: Run, recipe: Recipe, folder: Path) -> dict[str, Any]:
     begin = time.monotonic()
     texts = recipe.data / f"{run.task}_{recipe.modality}" / "sft_fit.parquet"
     size = ["--hidden", str(recipe.hidden), "--layers", str(recipe.layers)]
-    made = [*("--output", str(folder / "tiny"), "--texts", str(texts), "--seed", str(run.seed)), "--for-plots", *size]
+    made = [
+        *("--output", str(folder / "tiny"), "--texts", str(texts), "--seed", str(run.seed)),
+        *STARTS[recipe.start][0],
+        *size,
+    ]
     _call([sys.executable, "-m", "verl.models.tiny", *made], log)
     limits = Limits.of(folder / "tiny", texts.parent)
     _call(sft_command(run, recipe, limits), log)
@@ -315,12 +325,13 @@ def main() -> None:
     parser.add_argument("--sft-steps", type=int, default=1000)
     parser.add_argument("--stop-parse-failure", type=float, help="end SFT sooner, at this share of malformed answers")
     parser.add_argument("--rl-steps", type=int, default=60)
+    parser.add_argument("--start", choices=STARTS, default="plots", help="the random model's weights and image scale")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--append", action="store_true", help="keep the rows of other tasks and engines")
     args = parser.parse_args()
     for task in args.tasks:
         get_task(task)
-    shared = ("data", "modality", "hidden", "layers", "sft_steps", "rl_steps", "stop_parse_failure", "device")
+    shared = ("data", "modality", "hidden", "layers", "sft_steps", "rl_steps", "stop_parse_failure", "device", "start")
     recipe = Recipe(folder=args.folder.resolve(), **{name: getattr(args, name) for name in shared})
     runs = [Run(task, seed, engine) for seed in args.seeds for task in args.tasks for engine in args.engine]
     failed: list[str] = []
@@ -335,6 +346,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(runs, pool.map(attempt, runs), strict=True))
+    suffix = "" if args.start == "plots" else f", {args.start} start"
     made: list[rows.BenchmarkRow] = []
     curves: dict[str, dict[str, list[float]]] = {}
     for task in args.tasks:
@@ -345,11 +357,11 @@ def main() -> None:
         for engine, found in by_engine.items():
             if found:
                 parameters = rows.parameters_of(Run(task, min(found), engine).folder(recipe) / "tiny")
-                workload = f"{task} ({args.modality}), {engine} engine"
+                workload = f"{task} ({args.modality}), {engine} engine{suffix}"
                 made += _rows(workload, found, parameters)
                 curves[workload] = {str(s): [round(x, 4) for x in f["rewards"]] for s, f in found.items()}
         if len(args.engine) == 2 and by_engine["hf"].keys() == by_engine["vllm"].keys() and by_engine["hf"]:
-            made.append(_comparison(task, by_engine["hf"], by_engine["vllm"]))
+            made.append(_comparison(task + suffix, by_engine["hf"], by_engine["vllm"]))
     rows.write("learning", made, append=args.append)
     write_curves(curves, rows.RESULTS / "curves" / "learning.json", append=args.append)
     if failed:

@@ -132,8 +132,8 @@ WHITE_IS_ZERO = {"image_mean": [1.0, 1.0, 1.0], "image_std": [0.25, 0.25, 0.25]}
 def condition(model: Qwen2_5_VLForConditionalGeneration) -> None:
     """Draw every matrix anew with variance 1 / inputs, the embedding with 1 / width.
 
-    The library's standard deviation of 0.02 is made for widths of thousands: at 128 it leaves attention uniform and
-    every layer a small addition to its input, and the tower's features collapse to a constant before they say anything.
+    The library's standard deviation of 0.02 is made for widths of thousands: at 128 it leaves attention nearly uniform
+    and every layer a small addition to its input.
     """
     with torch.no_grad():
         for module in model.modules():
