@@ -162,10 +162,12 @@ class Shape:
         rollout, trainer = config["actor_rollout_ref"]["rollout"], config["trainer"]
         samples = config["data"]["train_batch_size"] * rollout["n"]
         prompt, answer = (median(step[f"{name}_length/mean"] for step in steps) for name in ("prompt", "response"))
-        gpus = trainer["nnodes"] * trainer["n_gpus_per_node"]
-        return cls(
-            label, f"{gpus} ranks, {rollout['name']}", gpus, samples, samples * (prompt + answer), samples * answer
-        )
+        ranks = trainer["nnodes"] * trainer["n_gpus_per_node"]
+        mode, apart = f"{ranks} ranks, {rollout['name']}", 0
+        if not config["actor_rollout_ref"]["hybrid_engine"]:
+            apart = rollout["nnodes"] * rollout["n_gpus_per_node"]
+            mode += f" on {apart} GPUs of its own"
+        return cls(label, mode, ranks + apart, samples, samples * (prompt + answer), samples * answer)
 
 
 def result_rows(shape: Shape, measured: Sequence[dict[str, float]]) -> list[rows.BenchmarkRow]:

@@ -27,7 +27,10 @@ WARM, FIRST, SECOND = (
 def run(tmp_path: Path) -> Path:
     config = {
         "data": {"train_batch_size": 8},
-        "actor_rollout_ref": {"rollout": {"n": 5, "name": "vllm"}},
+        "actor_rollout_ref": {
+            "hybrid_engine": True,
+            "rollout": {"n": 5, "name": "vllm", "nnodes": 1, "n_gpus_per_node": 2},
+        },
         "trainer": {"nnodes": 1, "n_gpus_per_node": 2},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -53,3 +56,14 @@ def test_rows_of_a_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["host_growth_gib"].value == 0.25
     assert "gpu_growth_gib" not in found, "what was not logged has no row"
     assert all(row.workload == "two GPUs" and row.samples == 40 for row in found.values())
+
+
+def test_gpus_of_a_rollout_apart_count(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import grpo_step
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["actor_rollout_ref"]["hybrid_engine"] = False
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    shape = grpo_step.Shape.of_run(run, "apart", [FIRST, SECOND])
+    assert (shape.gpus, shape.mode) == (4, "2 ranks, vllm on 2 GPUs of its own")
