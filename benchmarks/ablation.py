@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import verl.models.attention
 import verl.models.policy
 from verl.models import layers
+from verl.models.attention import VarlenSegments
+from verl.models.gather import gather_rows
 from verl.models.kernels import EAGER
-from verl.models.log_probs import TokenStats, policy_logits
+from verl.models.log_probs import TokenStats, policy_logits, response_stats
 from verl.models.policy import Policy
 
 Switch = Callable[[Policy], contextlib.AbstractContextManager[None]]
@@ -112,15 +115,70 @@ def checkpointed_stats(
 
 
 @contextlib.contextmanager
+def _head_on_all_tokens(policy: Policy) -> Iterator[None]:
+    """Logits of the prompts and of every answer's last token too, as a plain trainer computes them."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_swapped(verl.models.policy, "gather_rows", _rows_and_all))
+        stack.enter_context(_swapped(verl.models.policy, "response_stats", _stats_of_first))
+        yield
+
+
+def _rows_and_all(x: Tensor, index: Tensor, copies: Tensor) -> Tensor:
+    return torch.cat([gather_rows(x, index, copies), x])
+
+
+def _stats_of_first(hidden: Tensor, vocabulary: Tensor, targets: Tensor, **how: Any) -> TokenStats:
+    padded = targets.new_zeros(len(hidden))
+    padded[: len(targets)] = targets
+    every = response_stats(hidden, vocabulary, padded, **how)
+    return TokenStats(*(column[: len(targets)] for column in every))
+
+
+def _text_attention_by_mask(policy: Policy) -> contextlib.AbstractContextManager[None]:
+    """One masked SDPA a group, in place of one varlen call over gathered keys."""
+    return _swapped(VarlenSegments, "attend", lambda plan, *args: plan.masked.attend(*args))
+
+
+def _rotate_by_parts(x: Tensor, cos: Tensor, signed_sin: Tensor, *_: Any) -> Tensor:
+    """The library's formula, with what autograd keeps of it."""
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * signed_sin).to(x.dtype)
+
+
+def _library_rotary(policy: Policy) -> contextlib.AbstractContextManager[None]:
+    return _swapped(layers, "rotate", _rotate_by_parts)
+
+
+@contextlib.contextmanager
 def _not_compiled(policy: Policy) -> Iterator[None]:
     policy.use_kernels(EAGER)
     yield
 
 
+def _liger(*kinds: type[nn.Module]) -> Switch:
+    """Liger's kernels in modules of these kinds."""
+
+    @contextlib.contextmanager
+    def switch(policy: Policy) -> Iterator[None]:
+        with _swapped(layers, "_LIGER", {kind: layers._LIGER[kind] for kind in kinds}):
+            layers.use_liger(policy.hf)
+        yield
+
+    return switch
+
+
 @contextlib.contextmanager
-def _liger(policy: Policy) -> Iterator[None]:
-    layers.use_liger(policy.hf)
-    yield
+def _blocks_compiled(policy: Policy) -> Iterator[None]:
+    """torch.compile of every text block in the library's arithmetic, in place of our own kernels."""
+    _as_in_library(policy.hf.model.language_model, layers.FusedRMSNorm, layers.GatedMLP)
+    torch._dynamo.reset()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_library_rotary(policy))
+        # the number of a layer is no reason to compile it again
+        stack.enter_context(torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True))
+        for block in policy.hf.model.language_model.layers:
+            block.compile(dynamic=True)
+        yield
+    torch._dynamo.reset()
 
 
 SWITCHES: dict[str, Switch] = {
@@ -129,9 +187,14 @@ SWITCHES: dict[str, Switch] = {
     "patch_convolution": _patch_convolution,
     "library_norms": _library_norms,
     "library_mlp": _library_mlp,
+    "library_rotary": _library_rotary,
+    "text_attention_by_mask": _text_attention_by_mask,
     "key_gather_by_index": _key_gather_by_index,
     "head_checkpointed": _checkpointed_head,
+    "head_on_all_tokens": _head_on_all_tokens,
     "not_compiled": _not_compiled,
-    "liger": _liger,
+    "liger_norms": _liger(layers.FusedRMSNorm),
+    "liger_mlp": _liger(layers.GatedMLP, layers.GatedVisionMLP),
+    "blocks_compiled": _blocks_compiled,
 }
 """Checkpointing and packing in the same thread are switches too; `train_step.py` turns them."""

@@ -39,6 +39,12 @@ PHASES = {
     "update_s": "timing_s/update_actor",
     "weight_sync_s": "timing_s/update_weights",
 }
+_VLLM = (
+    "actor_rollout_ref.rollout.enforce_eager=False",
+    "actor_rollout_ref.rollout.gpu_memory_utilization=0.2",
+    "actor_rollout_ref.rollout.free_cache_engine=True",
+)
+"""CUDA graphs, room for the keys of all 320 answers, and none of it held during the update."""
 _TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -104,6 +110,7 @@ def settings(
         "trainer.resume_mode=disable",
         "trainer.keep_best=False",
         "trainer.val_before_train=False",
+        *(_VLLM if args.engine == "vllm" else ()),
         *args.set,
     ]
 
@@ -217,7 +224,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=1, help="ranks; the batch grows with them")
     parser.add_argument("--steps", type=int, default=5, help="measured steps")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
-    parser.add_argument("--groups", type=int, default=4, help="prompts of a micro-batch of the update")
+    parser.add_argument("--groups", type=int, default=6, help="prompts of a micro-batch of the update")
     parser.add_argument("--log-prob-groups", type=int, default=16, help="prompts of a micro-batch without gradients")
     parser.add_argument(
         "--checkpointing", choices=("auto", "True", "False"), default="auto", help="auto: the memory plan decides"

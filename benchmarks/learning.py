@@ -55,6 +55,7 @@ class Recipe:
     layers: int
     modality: str
     sft_steps: int
+    sft_batch: int
     rl_steps: int
     stop_parse_failure: float | None
     device: str
@@ -106,13 +107,14 @@ def sft_command(run: Run, recipe: Recipe, limits: Limits) -> list[str]:
         f"data.train_files={data}/sft_fit.parquet",
         f"data.val_files={data}/sft_val.parquet",
         f"data.test_files={data}/test.parquet",
-        *("data.train_batch_size=16", "data.micro_batch_size_per_gpu=16"),
+        *(f"data.train_batch_size={recipe.sft_batch}", f"data.micro_batch_size_per_gpu={recipe.sft_batch}"),
         f"data.max_length={limits.prompt + limits.response}",
         f"data.max_prompt_length={limits.prompt}",
         f"data.max_response_length={limits.response}",
         f"model.partial_pretrain={folder}/tiny",
         "model.enable_gradient_checkpointing=False",
-        *(f"optim.lr={STARTS[recipe.start][1]}", "optim.lr_scheduler=constant", "optim.warmup_steps_ratio=0.02"),
+        *(f"optim.lr={STARTS[recipe.start][1]}", "optim.warmup_steps_ratio=0.02"),
+        f"optim.lr_scheduler={'cosine' if recipe.stop_parse_failure is None else 'constant'}",
         *_sampling("rollout"),
         *("rollout.hf_batch_size=512", "reward.format=strict"),
         f"trainer.stop_parse_failure={'null' if recipe.stop_parse_failure is None else recipe.stop_parse_failure}",
@@ -323,6 +325,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--sft-steps", type=int, default=1000)
+    parser.add_argument("--sft-batch", type=int, default=16)
     parser.add_argument("--stop-parse-failure", type=float, help="end SFT sooner, at this share of malformed answers")
     parser.add_argument("--rl-steps", type=int, default=60)
     parser.add_argument("--start", choices=STARTS, default="plots", help="the random model's weights and image scale")
@@ -331,7 +334,18 @@ def main() -> None:
     args = parser.parse_args()
     for task in args.tasks:
         get_task(task)
-    shared = ("data", "modality", "hidden", "layers", "sft_steps", "rl_steps", "stop_parse_failure", "device", "start")
+    shared = (
+        "data",
+        "modality",
+        "hidden",
+        "layers",
+        "sft_steps",
+        "sft_batch",
+        "rl_steps",
+        "stop_parse_failure",
+        "device",
+        "start",
+    )
     recipe = Recipe(folder=args.folder.resolve(), **{name: getattr(args, name) for name in shared})
     runs = [Run(task, seed, engine) for seed in args.seeds for task in args.tasks for engine in args.engine]
     failed: list[str] = []

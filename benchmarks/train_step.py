@@ -96,12 +96,15 @@ class Bench:
     patches: PatchSource
     minis: list[list[TrainGroup]]
     """Mini-batches of a step; the first defines its old log-probs itself."""
-    found: list[rows.BenchmarkRow] = field(default_factory=list)
-    ablation_groups: int = 4
+    ablation_groups: int = 8
     switches: Sequence[str] = ()
     """Of the ablation; none: all."""
     profile: bool = False
     """Write `profile_<row>.txt` beside the results: where the time of one more pass goes."""
+    append: bool = False
+    """Keep the rows that the result file has, but for those that this run measures again."""
+    found: list[rows.BenchmarkRow] = field(default_factory=list)
+    """Rows of this run."""
 
     def __post_init__(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
@@ -140,9 +143,12 @@ class Bench:
                 ratio_to=ratio_to if base and value is not None else None,
             )
         )
-        rows.write("train_step", self.found, folder=self.results, show=False)
+        self.write(show=False)
         shown = "none" if value is None else f"{value:.4g} {unit}"
         print(f"{row}: {shown} ({mode})", flush=True)
+
+    def write(self, *, show: bool) -> None:
+        rows.write("train_step", self.found, folder=self.results, show=show, append=self.append)
 
     def add_timing(
         self, row: str, result: Timing | Missed, how: str, groups: Sequence[TrainGroup], *, passes: int, shared: bool
@@ -164,9 +170,10 @@ class Bench:
             mode += f"; MFU {logical:.1%} logical, {computed:.1%} computed"
         self.add(row, result.median, "s", mode, samples=samples, ratio_to=ratio_to)
         if row in ("train_shared_s", "update_s") and logical is not None and computed is not None:
-            for name, value in (("mfu_logical", logical), ("mfu_computed", computed)):
-                self.add(name, value, "of the peak", f"of {row}", samples=samples)
-            self.add("peak_gpu_gib", result.peak_gib, "GiB", f"of {row}", samples=samples)
+            name = row.removesuffix("_s")
+            for kind, value in (("logical", logical), ("computed", computed)):
+                self.add(f"{name}_mfu_{kind}", value, "of the peak", f"of {row}", samples=samples)
+            self.add(f"{name}_peak_gpu_gib", result.peak_gib, "GiB", f"of {row}", samples=samples)
 
 
 def logical_tokens(groups: Sequence[TrainGroup]) -> int:
@@ -374,13 +381,17 @@ def parity(bench: Bench) -> None:
         release()
         return log_probs, found
 
-    def compare(name: str, found: tuple[Tensor, Gradients], base: tuple[Tensor, Gradients], how: str) -> None:
+    def compare(
+        name: str, found: tuple[Tensor, Gradients], base: tuple[Tensor, Gradients], how: str, ratio_to: str = ""
+    ) -> None:
         difference = (found[0] - base[0]).abs()
         largest, mean = distance(found[1], base[1], bench.device)
-        mode = f"{how}; largest {difference.max():.3g}"
-        bench.add(f"parity_logprob_{name}", float(difference.mean()), "nats, mean", mode, samples=samples)
-        mode = f"{how}; largest entry {largest:.3g} of its tensor's largest"
-        bench.add(f"parity_gradient_{name}", mean, "of the gradient, mean", mode, samples=samples)
+        for kind, value, unit, most in (
+            ("logprob", float(difference.mean()), "nats, mean", f"largest {difference.max():.3g}"),
+            ("gradient", mean, "of the gradient, mean", f"largest entry {largest:.3g} of its tensor's largest"),
+        ):
+            base_row = f"parity_{kind}_{ratio_to}" if ratio_to else ""
+            bench.add(f"parity_{kind}_{name}", value, unit, f"{how}; {most}", samples=samples, ratio_to=base_row)
 
     judge = run(Padded, torch.float32, cut(ones, 1))
     exact = "to padded fp32"
@@ -391,9 +402,11 @@ def parity(bench: Bench) -> None:
     other = run(Padded, bench.half, cut(ones, 2))
     compare("padded_recut", other, judge, f"padded, {half}, other micro-batches, {exact}")
     compare("padded_noise", other, one, f"two padded runs, {half}, cut into other micro-batches")
-    del one, other
-    compare("packed", run(Packed, bench.half, cut(ones, 4)), judge, f"packed, {half}, {exact}")
-    compare("shared", run(Packed, bench.half, cut(groups, 2)), judge, f"shared, {half}, {exact}")
+    del other
+    for name, units in (("packed", cut(ones, 4)), ("shared", cut(groups, 2))):
+        found = run(Packed, bench.half, units)
+        compare(name, found, judge, f"{name}, {half}, {exact}", ratio_to="padded")
+        compare(f"{name}_to_padded", found, one, f"{name} to padded, both {half}", ratio_to="padded_noise")
 
 
 def ablation(bench: Bench) -> None:
@@ -409,7 +422,7 @@ def ablation(bench: Bench) -> None:
             path = Packed(bench, bench.half, checkpointing=checkpointing)
             path.runner.pack_ahead = path.runner.pack_ahead and not same_thread
             with switch(path.policy):
-                return timed(lambda: path.pass_over(micro_batches), bench.deadline, repeats=3)
+                return timed(lambda: path.pass_over(micro_batches), bench.deadline)
 
         if bench.switches and name not in bench.switches:
             continue
@@ -454,15 +467,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS)[:-1])
     parser.add_argument("--seconds", type=float, default=1800.0, help="limit; rows that would start later are left out")
     parser.add_argument("--append", action="store_true", help="keep the rows of the result file")
-    parser.add_argument("--groups", type=int, default=4, help="groups a micro-batch of the ablation")
+    parser.add_argument("--groups", type=int, default=8, help="groups a micro-batch of the ablation")
     parser.add_argument("--switches", nargs="*", default=[], help="some switches of the ablation; default: all")
     parser.add_argument("--profile", action="store_true", help="write profile_<row>.txt of every fast row")
     parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of train_step.json")
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments(argv)
+def make_bench(args: argparse.Namespace) -> Bench:
+    """Data and model of the workload, on a process group of one."""
     deadline = Deadline.after(args.seconds)
     workload = WORKLOADS[args.model_size]
     folder = args.model or Path(tempfile.gettempdir()) / f"timemaster-{workload.name.lower()}"
@@ -474,22 +487,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         ctu_3b_groups(prompts[start : start + workload.mini_batch], workload, with_old=start > 0, seed=1 + start)
         for start in range(0, len(prompts), workload.mini_batch)
     ]
-    found = rows.read("train_step", args.results) if args.append else []
-    bench = Bench(
-        workload,
-        folder,
-        device,
-        deadline,
-        args.results,
-        patches,
-        minis,
-        found,
-        args.groups,
-        args.switches,
-        args.profile,
-    )
+    options = {"switches": args.switches, "profile": args.profile, "append": args.append}
+    return Bench(workload, folder, device, deadline, args.results, patches, minis, args.groups, **options)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    bench = make_bench(args)
     run_rows(bench, args.rows)
-    rows.write("train_step", bench.found, folder=args.results)
+    bench.write(show=True)
     torch.distributed.destroy_process_group()
 
 

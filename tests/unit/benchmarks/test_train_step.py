@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +24,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("workload") / "model"
 
 
+@pytest.fixture
+def bench(model: Path, tmp_path: Path) -> Iterator[Any]:
+    import torch
+    import train_step
+
+    options = ["--model-size", "tiny", "--model", str(model), "--results", str(tmp_path)]
+    yield train_step.make_bench(train_step.arguments(options))
+    torch.distributed.destroy_process_group()
+
+
 def test_every_row_runs_and_in_fp32_all_paths_agree(model: Path, tmp_path: Path) -> None:
     import train_step
 
@@ -31,7 +43,7 @@ def test_every_row_runs_and_in_fp32_all_paths_agree(model: Path, tmp_path: Path)
     wanted = {"train_padded_ckpt_s", "train_padded_s", "train_packed_s", "train_shared_s", "reference_s", "update_s"}
     assert seconds.keys() == wanted and all(value > 0 for value in seconds.values()), seconds
     distances = {name: row["value"] for name, row in found.items() if name.startswith("parity_")}
-    assert len(distances) == 14 and max(distances.values()) < 1e-5, distances
+    assert len(distances) == 18 and max(distances.values()) < 1e-5, distances
 
 
 def test_rows_that_the_time_does_not_allow_say_so_and_append_keeps_the_others(model: Path, tmp_path: Path) -> None:
@@ -42,7 +54,8 @@ def test_rows_that_the_time_does_not_allow_say_so_and_append_keeps_the_others(mo
     rows.write("train_step", [kept], folder=tmp_path)
     options = ["--model", str(model), "--results", str(tmp_path), "--append", "--seconds", "0", "--rows", "shared"]
     train_step.main(["--model-size", "tiny", *options])
-    first, second = json.loads((tmp_path / "train_step.json").read_text())
+    train_step.main(["--model-size", "tiny", *options])
+    first, second = json.loads((tmp_path / "train_step.json").read_text())  # a row measured again replaces itself
     assert first["row"] == "other" and first["value"] == 1.0
     assert (second["row"], second["value"]) == ("shared", None) and "time limit" in second["mode"]
 
@@ -50,13 +63,61 @@ def test_rows_that_the_time_does_not_allow_say_so_and_append_keeps_the_others(mo
 def test_the_ablation_has_a_row_for_every_switch_it_is_asked_for(model: Path, tmp_path: Path) -> None:
     import train_step
 
-    asked = ["base", "vision_attention_by_window", "patch_convolution", "library_norms", "head_checkpointed", "liger"]
+    asked = [
+        "base",
+        "vision_attention_by_window",
+        "patch_convolution",
+        "library_norms",
+        "head_checkpointed",
+        "liger_mlp",
+    ]
     options = ["--model", str(model), "--results", str(tmp_path), "--rows", "ablation", "--switches", *asked]
     train_step.main(["--model-size", "tiny", *options])
     found = {row["row"]: row for row in json.loads((tmp_path / "train_step.json").read_text())}
     assert found.keys() == {f"ablation_{name}_s" for name in asked}
     without = [name for name, row in found.items() if row["value"] is None]
-    assert without in ([], ["ablation_liger_s"]), without
+    assert without in ([], ["ablation_liger_mlp_s"]), without
+
+
+SLOW = {"blocks_compiled": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=SLOW.get(name, ()))
+        for name in (
+            *("vision_attention_by_window", "patch_convolution", "library_norms", "library_mlp", "library_rotary"),
+            *("text_attention_by_mask", "key_gather_by_index", "head_checkpointed", "head_on_all_tokens"),
+            *("not_compiled", "blocks_compiled"),
+        )
+    ],
+)
+def test_a_switch_changes_how_and_not_what(name: str, bench: Any) -> None:
+    import torch
+    import train_step
+    from ablation import SWITCHES
+
+    micro_batches = train_step.cut(bench.minis[0][:2], 1)
+
+    def run(switch: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        path = train_step.Packed(bench, torch.float32)
+        with SWITCHES[switch](path.policy):
+            log_probs = torch.cat(path.pass_over(micro_batches))
+        return log_probs, train_step.gradients(path)
+
+    (log_probs, gradients), (base, base_gradients) = run(name), run("base")
+    torch.testing.assert_close(log_probs, base, atol=1e-5, rtol=0.0)
+    largest, mean = train_step.distance(gradients, base_gradients, "cpu")
+    assert largest < 1e-4 and mean < 1e-5, (largest, mean)
+
+
+def test_every_switch_but_those_of_cuda_is_compared() -> None:
+    from ablation import SWITCHES
+
+    (marked,) = (mark for mark in test_a_switch_changes_how_and_not_what.pytestmark if mark.name == "parametrize")
+    compared = {parameter.values[0] for parameter in marked.args[1]}
+    assert SWITCHES.keys() - compared == {"base", "liger_norms", "liger_mlp"}
 
 
 def test_what_does_not_fit_is_a_reason_and_the_largest_size_that_fits_is_tried_last() -> None:
