@@ -166,8 +166,8 @@ def measure(folder: Path, workload: Workload, device: str, repeats: int, extra: 
     start = time.perf_counter() - begin
     found: list[Any] = []
 
-    def row(name: str, value: float, unit: str, mode: str, base: float | None = None) -> None:
-        ratio = {} if base is None else {"ratio": value / base, "ratio_to": "generate_tokens_per_s"}
+    def row(name: str, value: float, unit: str, mode: str, base: str = "") -> None:
+        ratio = {"ratio": value / next(r.value for r in found if r.row == base), "ratio_to": base} if base else {}
         found.append(
             rows.BenchmarkRow(
                 row=name, workload=workload.name, value=value, unit=unit, samples=workload.samples, mode=mode, **ratio
@@ -184,17 +184,16 @@ def measure(folder: Path, workload: Workload, device: str, repeats: int, extra: 
     def other(**changes: Any) -> Callable[[], int]:
         return lambda: answer_with(engine, prompts, sampling, changes)
 
-    base = None
-    for name, run in (
-        ("generate_tokens_per_s", as_the_trainer),
-        ("generate_tokens_per_s_output_processor", other()),
-        ("generate_tokens_per_s_no_logprobs", other(logprobs=None)),
-        ("generate_tokens_per_s_detokenized", other(detokenize=True)),
+    ours, theirs = "generate_tokens_per_s", "generate_tokens_per_s_output_processor"
+    for name, base, run in (
+        (ours, "", as_the_trainer),
+        (theirs, ours, other()),
+        (f"{ours}_no_logprobs", theirs, other(logprobs=None)),
+        (f"{ours}_detokenized", theirs, other(detokenize=True)),
     ):
         seconds, tokens = timed(engine, run, repeats)
         spread = f"{tokens:,} tokens in {median(seconds):.2f} s, {min(seconds):.2f}-{max(seconds):.2f} s"
         row(name, tokens / median(seconds), "response tokens/s", f"median of {repeats}, {spread}{memory(device)}", base)
-        base = base or found[-1].value
     apart, yardstick = canary(folder, prompts[0], answers[0][0], patches, device)
     beside = "" if yardstick is None else f"; plain bf16 to plain fp32: {yardstick}"
     length = len(answers[0][0].token_ids)
