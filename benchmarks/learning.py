@@ -230,6 +230,7 @@ def _read(folder: Path) -> dict[str, Any]:
         "parse_failure": rl["classification"]["parse_failure_rate"],
         "rewards": [step["critic/rewards/mean"] for step in steps],
         "step_seconds": statistics.median(step["timing_s/step"] for step in steps),
+        "prompt_tokens": statistics.mean(step["prompt_length/mean"] for step in steps),
         "right": {a["uid"]: a["answers"][0]["prediction"] == a["ground_truth"] for a in answers},
         "size": config,
     }
@@ -281,6 +282,16 @@ def _rows(workload: str, found: dict[int, dict[str, Any]], parameters: int) -> l
                 mode=f"seeds {each}{spread}{error}",
             )
         )
+    tokens = statistics.mean(f["prompt_tokens"] for f in found.values())
+    made.append(
+        rows.BenchmarkRow(
+            row="prompt_tokens",
+            workload=workload,
+            value=tokens,
+            unit="tokens",
+            mode="mean over the prompts of GRPO, picture and text, with the tokenizer trained on the task's texts",
+        )
+    )
     gain, error = reward_gain([f["rewards"] for f in found.values()])
     steps, seconds = len(next(iter(found.values()))["rewards"]), [f["step_seconds"] for f in found.values()]
     made.append(
