@@ -8,7 +8,7 @@ import model_fixtures
 import numpy as np
 import pytest
 import torch
-from model_fixtures import ODD, SMALL, WIDE, Maker, gradients, open_policy, patch_source, rounded
+from model_fixtures import ODD, SMALL, WIDE, WINDOW, Maker, gradients, open_policy, patch_source, rounded
 from transformers import AutoTokenizer
 
 from verl.models.log_probs import TokenStats
@@ -105,15 +105,20 @@ def test_sampler_log_probs_on_cuda_equal_the_trainers_up_to_bf16(folder: Path) -
 
 
 def test_forward_and_backward_do_not_wait_for_the_device(folder: Path) -> None:
+    """Also where no micro-batch before had pictures of these sizes, in this order."""
     policy = on_cuda(folder)
     make = Maker(policy.config)
-    groups = [make.group([3, 20, 1], WIDE), make.group([5, 5], SMALL, ODD)]
-    run(policy, groups).log_probs.sum().backward()  # kernels and plans are made once
+    run(policy, [make.group([3, 20, 1], WIDE)]).log_probs.sum().backward()  # kernels are chosen once
+    plan = [
+        [make.group([3, 20, 1], WIDE), make.group([5, 5], SMALL, ODD)],
+        [make.group([4], ODD, WINDOW), make.group([7, 2])],
+        [make.group([6, 3])],
+    ]
     runner = PackedRunner(policy, patch_source("cuda"), torch.device("cuda"), 0.8)
     runner.pack_ahead = False
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for micro in runner.micro_batches([groups, groups], trained=True):
+        for micro in runner.micro_batches(plan, trained=True):
             stats = policy(micro.inputs, temperature=0.8)
             loss, _ = SFTObjective()(stats, micro.columns, 0.1)
             loss.backward()

@@ -29,7 +29,7 @@ from verl.models.layers import fuse_layers, use_kernels, use_liger
 from verl.models.log_probs import TokenStats, response_stats
 from verl.models.lora import LoraSpec
 from verl.models.transfer import pinned_to_device, to_device
-from verl.models.vision import vision_plan
+from verl.models.vision import QWEN_VISION, VisionPlan, VisionShape, vision_plan
 from verl.packing.layout import PackedBatch
 from verl.protocol import Grid
 from verl.utils.dataset.prompts import VISION_TOKENS
@@ -47,15 +47,22 @@ class ModelInputs:
     targets: Tensor
     patches: Tensor
     """(N, 3 * temporal * patch * patch); of a dummy 1x2x2 image when the batch has none."""
-    grids: tuple[Grid, ...]
+    vision: VisionPlan
     image_index: Tensor
     """Where the merged patches go in the flat sequence; empty when the images are a dummy."""
 
 
-def make_inputs(batch: PackedBatch, patches: Tensor | None, patch_dim: int, device: torch.device) -> ModelInputs:
+def make_inputs(
+    batch: PackedBatch,
+    patches: Tensor | None,
+    patch_dim: int,
+    device: torch.device,
+    shape: VisionShape = QWEN_VISION,
+) -> ModelInputs:
     """Tensors of a packed batch. `patches` are those of `batch.image_keys` in order, None when there are none.
 
-    A batch without an image runs the tower on a dummy image, so that no collective depends on the data.
+    A batch without an image runs the tower on a dummy image, so that no collective depends on the data. `shape` is that
+    of the model's vision tower. All that a forward reads is made here: it copies nothing from the host.
     """
     grids: tuple[Grid, ...] = batch.image_grids
     if patches is None:
@@ -73,7 +80,7 @@ def make_inputs(batch: PackedBatch, patches: Tensor | None, patch_dim: int, devi
         predict_copies=predict_copies,
         targets=targets,
         patches=pinned_to_device(patches, device),
-        grids=grids,
+        vision=vision_plan(grids, shape, device),
         image_index=image_index,
     )
 
@@ -113,20 +120,18 @@ class Policy(nn.Module):
         """(V, D) output matrix; the embedding itself when the head is tied."""
         return self.hf.lm_head.weight
 
-    def embed(self, token_ids: Tensor, patches: Tensor, grids: Sequence[Grid], image_index: Tensor) -> Tensor:
+    @property
+    def vision_shape(self) -> VisionShape:
+        """What `make_inputs` must know about the vision tower."""
+        return VisionShape.of(self.config.vision_config)
+
+    def embed(self, token_ids: Tensor, patches: Tensor, plan: VisionPlan, image_index: Tensor) -> Tensor:
         """(T,) ids with images scattered in -> (T, D). The tower runs once per image."""
-        vision = self.config.vision_config
-        plan = vision_plan(
-            grids,
-            merge_size=vision.spatial_merge_size,
-            window_size=vision.window_size,
-            patch_size=vision.patch_size,
-            device=token_ids.device,
-        )
+        assert plan.shape == self.vision_shape, f"inputs made for {plan.shape}, the model has {self.vision_shape}"
         embeds = self.hf.model.language_model.embed_tokens(token_ids)
         tower = self.hf.model.visual
         # The plan says everything about the grids; the tower asks for them by name and never reads them.
-        features = tower(patches.to(tower.dtype), grid_thw=None, **plan).pooler_output.to(embeds.dtype)
+        features = tower(patches.to(tower.dtype), grid_thw=None, **plan.keywords).pooler_output.to(embeds.dtype)
         if len(image_index) == 0:
             return embeds + 0.0 * features.sum()
         assert len(image_index) == len(features), f"{len(image_index)} placeholders, {len(features)} image features"
@@ -146,7 +151,7 @@ class Policy(nn.Module):
         self, inputs: ModelInputs, *, temperature: float, entropy_grad: bool = False, with_entropy: bool = True
     ) -> TokenStats:
         """Log-prob and entropy (N,) of every response token in the batch; no entropies without `with_entropy`."""
-        embeds = self.embed(inputs.token_ids, inputs.patches, inputs.grids, inputs.image_index)
+        embeds = self.embed(inputs.token_ids, inputs.patches, inputs.vision, inputs.image_index)
         hidden = self.hidden(embeds, inputs.positions, inputs.plan)
         return response_stats(
             gather_rows(hidden, inputs.predict_index, inputs.predict_copies),

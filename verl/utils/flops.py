@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verl.models.vision import segment_lengths
+from verl.models.vision import VisionShape, segment_lengths
 from verl.protocol import TrainGroup
 
 log = logging.getLogger(__name__)
@@ -82,9 +82,7 @@ class FlopCounter:
     def vision_attention(self, grid: tuple[int, int, int]) -> float:
         """Attention of all vision layers inside the segments of one picture of (t, h, w) patches."""
         vision = self.config.vision_config
-        whole, windows = segment_lengths(
-            grid, merge_size=vision.spatial_merge_size, window_size=vision.window_size, patch_size=vision.patch_size
-        )
+        whole, windows = segment_lengths(grid, VisionShape.of(vision))
         full = len(vision.fullatt_block_indexes)
         pairs = full * sum(n * n for n in whole) + (vision.depth - full) * sum(n * n for n in windows)
         return float(4 * vision.hidden_size * pairs)

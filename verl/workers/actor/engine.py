@@ -114,7 +114,8 @@ class PackedRunner:
 
     def inputs(self, groups: Sequence[TrainGroup]) -> ModelInputs:
         batch = pack(groups, image_token_id=self._image_token, merge_size=self._merge)
-        return make_inputs(batch, self.patches(batch.image_keys), self.patches.dim, self.device)
+        patches, shape = self.patches(batch.image_keys), self.policy.vision_shape
+        return make_inputs(batch, patches, self.patches.dim, self.device, shape)
 
     def filled(self, groups: Sequence[TrainGroup]) -> Sequence[TrainGroup]:
         return groups or self._filler

@@ -77,9 +77,10 @@ class HFEngine(RolloutEngine):
             merge_size=config.vision_config.spatial_merge_size,
         )
         device = self.policy.banned.device
-        inputs = make_inputs(batch, self.patches(batch.image_keys), self.patches.dim, device)
+        patches, shape = self.patches(batch.image_keys), self.policy.vision_shape
+        inputs = make_inputs(batch, patches, self.patches.dim, device, shape)
         plan = PrefillPlan(inputs.plan, batch)
-        embeds = self.policy.embed(inputs.token_ids, inputs.patches, inputs.grids, inputs.image_index)
+        embeds = self.policy.embed(inputs.token_ids, inputs.patches, inputs.vision, inputs.image_index)
         hidden = self.policy.hidden(embeds, inputs.positions, plan)
         ends = torch.from_numpy(batch.group_bounds[1:] - 1).to(device)
         return batch, plan, hidden[ends]
