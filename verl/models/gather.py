@@ -2,6 +2,9 @@
 
 Plain indexing sorts all indices in every backward pass; `index_select` adds with atomics. Both add up in the tensor's
 own precision.
+
+Memory: the copies of a row lie side by side while they are added up, as many rows at a time as `_AT_ONCE` numbers hold.
+One last prompt token with 32 answers would otherwise give every row 32 places.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+_AT_ONCE = 1 << 26  # 128 MiB in bf16: the keys of a layer, with few answers a prompt, in one piece
 
 
 class _GatherRows(torch.autograd.Function):
@@ -24,7 +29,11 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (copies,) = ctx.saved_tensors
         padded = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])
-        return padded[copies].sum(1, dtype=torch.float32).to(grad.dtype), None, None
+        total = grad.new_empty(len(copies), *grad.shape[1:])
+        rows = max(1, _AT_ONCE // (copies.shape[1] * max(1, padded[0].numel())))
+        for part, places in zip(total.split(rows), copies.split(rows), strict=True):
+            part.copy_(padded[places].sum(1, dtype=torch.float32))
+        return total, None, None
 
 
 def gather_rows(x: Tensor, index: Tensor, copies: Tensor) -> Tensor:
