@@ -7,6 +7,10 @@ Counted: text layers with grouped key/value heads, attention by the (query, key)
 vocabulary matrix on the response tokens alone (tied or not: the embedding itself is a look-up), patch embedding, vision
 layers with a gated MLP, windows in most of them and whole pictures in `fullatt_block_indexes`, the patch merger.
 
+A training step is three times its forward where all is trained: a product's backward makes the gradient of its inputs
+and that of its weights, each as much work as the product. A frozen matrix has none of the second, and neither where no
+gradient reaches it, as in a frozen vision tower. Adapters count in a training step alone, with three passes.
+
 Two ways to count tokens
 - computed: what the shared-prefix forward does. A group's prompt and its pictures count once.
 - logical: every answer with its own copy of the prompt. The same number whether or not the prompt is shared.
@@ -17,8 +21,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from verl.models.trained import Part, TrainedParts
 from verl.models.vision import VisionShape, segment_lengths
 from verl.protocol import TrainGroup
 
@@ -53,11 +59,70 @@ def causal_pairs(queries: int, before: int = 0) -> int:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """How often the products of each kind are computed, added up over layers. A forward is one pass through each."""
+
+    patch_embed: float
+    vision: float
+    windows: float
+    """Attention of the vision layers that look at windows."""
+    whole: float
+    """Attention of those that look at whole pictures."""
+    merger: float
+    text: float
+    text_attention: float
+    head: float
+    vision_adapters: float
+    """Weights of adapters that a patch meets, times passes."""
+    merger_adapters: float
+    text_adapters: float
+
+    @classmethod
+    def of(cls, parts: TrainedParts, whole: Sequence[int]) -> Passes:
+        """`whole`: the vision layers that attend to whole pictures. Parts that no gradient reaches are a forward."""
+        attention = [_attention_passes(part) for part in parts.vision]
+        return cls(
+            patch_embed=_passes(parts.patch_embed),
+            vision=sum(map(_passes, parts.vision)),
+            windows=sum(n for layer, n in enumerate(attention) if layer not in whole),
+            whole=sum(n for layer, n in enumerate(attention) if layer in whole),
+            merger=_passes(parts.merger),
+            text=sum(map(_passes, parts.text)),
+            text_attention=sum(map(_attention_passes, parts.text)),
+            head=_passes(parts.head),
+            vision_adapters=3.0 * sum(part.adapters for part in parts.vision),
+            merger_adapters=3.0 * parts.merger.adapters,
+            text_adapters=3.0 * sum(part.adapters for part in parts.text),
+        )
+
+
+def _passes(part: Part) -> float:
+    return 1.0 + part.reached + part.share
+
+
+def _attention_passes(part: Part) -> float:
+    return 3.0 if part.reached else 1.0  # both factors of a product of activations get a gradient
+
+
+@dataclass(frozen=True)
 class FlopCounter:
-    """Forward FLOPs of one model. A training step is three times its forward."""
+    """FLOPs of one model, forward and in training."""
 
     config: Any
     """Qwen2_5_VLConfig."""
+    trained: TrainedParts | None = None
+    """None: all of it."""
+
+    @cached_property
+    def _forward(self) -> Passes:
+        return self._passes(TrainedParts.same(self.config, Part(share=0.0, reached=False)))
+
+    @cached_property
+    def _training(self) -> Passes:
+        return self._passes(self.trained or TrainedParts.same(self.config, Part(share=1.0, reached=True)))
+
+    def _passes(self, parts: TrainedParts) -> Passes:
+        return Passes.of(parts, self.config.vision_config.fullatt_block_indexes)
 
     @property
     def text_parameters(self) -> int:
@@ -72,41 +137,47 @@ class FlopCounter:
         kv = width // text.num_attention_heads * text.num_key_value_heads
         return 2 * width * width + 2 * width * kv + 3 * width * text.intermediate_size
 
-    def text(self, tokens: int, pairs: int, responses: int) -> float:
-        """`tokens` through the layers, `pairs` of attention in each, `responses` through the vocabulary matrix."""
-        text = self.config.text_config
-        attention = 4 * text.hidden_size * pairs
-        layers = text.num_hidden_layers * (2 * self._text_layer * tokens + attention)
-        return float(layers + 2 * text.vocab_size * text.hidden_size * responses)
+    def text(self, tokens: int, pairs: int, responses: int, passes: Passes | None = None) -> float:
+        """`tokens` through the layers, `pairs` of attention in each, `responses` through the vocabulary matrix; a
+        forward without `passes`."""
+        text, n = self.config.text_config, passes or self._forward
+        attention = 4 * text.hidden_size * pairs * n.text_attention
+        layers = 2 * (n.text * self._text_layer + n.text_adapters) * tokens + attention
+        return float(layers + n.head * 2 * text.vocab_size * text.hidden_size * responses)
 
-    def vision_attention(self, grid: tuple[int, int, int]) -> float:
+    def vision_attention(self, grid: tuple[int, int, int], passes: Passes | None = None) -> float:
         """Attention of all vision layers inside the segments of one picture of (t, h, w) patches."""
-        vision = self.config.vision_config
+        vision, n = self.config.vision_config, passes or self._forward
         whole, windows = segment_lengths(grid, VisionShape.of(vision))
-        full = len(vision.fullatt_block_indexes)
-        pairs = full * sum(n * n for n in whole) + (vision.depth - full) * sum(n * n for n in windows)
+        pairs = n.whole * sum(size * size for size in whole) + n.windows * sum(size * size for size in windows)
         return float(4 * vision.hidden_size * pairs)
 
-    def vision(self, grid: tuple[int, int, int]) -> float:
+    def vision(self, grid: tuple[int, int, int], passes: Passes | None = None) -> float:
         """One picture of (t, h, w) patches through the tower."""
-        vision = self.config.vision_config
+        vision, n = self.config.vision_config, passes or self._forward
         width, merge = vision.hidden_size, vision.spatial_merge_size**2
         patches = grid[0] * grid[1] * grid[2]
         layer = 4 * width * width + 3 * width * vision.intermediate_size
         embed = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
         merger = (width * merge) * (width * merge) + (width * merge) * vision.out_hidden_size
-        products = patches * (embed + vision.depth * layer) + patches // merge * merger
-        return 2.0 * products + self.vision_attention(grid)
+        products = patches * (n.patch_embed * embed + n.vision * layer + n.vision_adapters)
+        products += patches // merge * (n.merger * merger + n.merger_adapters)
+        return 2.0 * products + self.vision_attention(grid, n)
 
     def forward(self, groups: Sequence[TrainGroup], *, shared: bool) -> float:
         """Forward of these groups: computed FLOPs with `shared` prompts, else logical ones (see the module)."""
+        return self._count(groups, self._forward, shared=shared)
+
+    def training(self, groups: Sequence[TrainGroup], *, shared: bool) -> float:
+        """The same of forward and backward, as far as parts are trained."""
+        return self._count(groups, self._training, shared=shared)
+
+    def _count(self, groups: Sequence[TrainGroup], passes: Passes, *, shared: bool) -> float:
         total = 0.0
         for group in groups:
             prompt, answers = len(group.prompt.token_ids), [len(s.token_ids) for s in group.samples]
             copies = 1 if shared else len(answers)
-            total += copies * (self.text(prompt, causal_pairs(prompt), 0) + self._pictures(group))
-            total += sum(self.text(n, causal_pairs(n, prompt), n) for n in answers)
+            pictures = sum(self.vision(grid, passes) for grid in group.prompt.image_grids)
+            total += copies * (self.text(prompt, causal_pairs(prompt), 0, passes) + pictures)
+            total += sum(self.text(n, causal_pairs(n, prompt), n, passes) for n in answers)
         return total
-
-    def _pictures(self, group: TrainGroup) -> float:
-        return sum(self.vision(grid) for grid in group.prompt.image_grids)

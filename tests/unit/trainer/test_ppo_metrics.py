@@ -42,10 +42,10 @@ def test_steps_without_a_scored_answer_count_as_skipped_and_enter_no_mean() -> N
 def test_the_metrics_of_a_gpu_have_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("mem_get_info", (1, 4)), ("max_memory_allocated", 2 << 30), ("max_memory_reserved", 3 << 30)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    counter: Any = SimpleNamespace(forward=lambda groups, shared: 6e12)
+    counter: Any = SimpleNamespace(forward=lambda groups, shared: 6e12, training=lambda groups, shared: 18e12)
     meter = FlopMeter(counter, peak=1e12, ranks=2)
-    for kind, passes in (("actor", 3), ("actor_infer", 1)):
-        meter.add(kind, [], passes=passes)
+    for kind in ("actor", "actor_infer"):
+        meter.add(kind, [])
     found = meter.metrics({"update_actor": 10.0, "old_log_prob": 2.0, "ref": 1.0}) | memory_metrics("cuda")
     assert {name: found.get(name) for name in NAMES["cuda"]} == {
         "perf/mfu/actor": pytest.approx(0.9),

@@ -19,12 +19,13 @@ class FlopMeter:
     logical: dict[str, float] = field(default_factory=dict)
     computed: dict[str, float] = field(default_factory=dict)
 
-    def add(self, kind: str, groups: Sequence[TrainGroup], *, passes: int) -> None:
-        """`kind` is actor (forward and backward: 3 passes) or actor_infer (1)."""
+    def add(self, kind: str, groups: Sequence[TrainGroup]) -> None:
+        """`kind` is actor (forward and backward, as far as the counter's parts are trained) or actor_infer."""
         if self.peak is None:
             return
+        count = self.counter.training if kind == "actor" else self.counter.forward
         for found, shared in ((self.logical, False), (self.computed, True)):
-            found[kind] = found.get(kind, 0.0) + passes * self.counter.forward(groups, shared=shared)
+            found[kind] = found.get(kind, 0.0) + count(groups, shared=shared)
 
     def metrics(self, seconds: Mapping[str, float]) -> dict[str, float]:
         """`perf/mfu/<kind>` on logical tokens (every answer with its own prompt) and `.../<kind>_computed` on those

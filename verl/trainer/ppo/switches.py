@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from verl.config import PPOConfig, token_budgets, uses_reference
 from verl.config.derived import max_context, uses_adapters, world_size
 from verl.config.nodes import ActorRolloutRefConfig, ModelConfig
@@ -18,7 +16,7 @@ from verl.models.policy import empty_model
 from verl.models.sizes import ModelSizes
 from verl.protocol import Prompt
 from verl.trainer.ppo.memory import KEYS, Demand, MemoryPlan, Switches, plan_memory
-from verl.workers.actor.build import choose_trained, lora_spec
+from verl.workers.actor.build import chosen_model, lora_spec
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -92,12 +90,9 @@ def _adapters(model: ModelConfig, folder: Path) -> int:
 def _trained(workers: ActorRolloutRefConfig, folder: Path) -> int | None:
     """Parameters left to train where patterns freeze some, None without patterns. Raises ValueError for a pattern that
     fits nothing: here, before any worker is started."""
-    actor = workers.actor
-    if not actor.freeze:
+    if not workers.actor.freeze:
         return None
-    model, lora = empty_model(folder, workers.model.override_config), lora_spec(workers.model)
-    choose_trained(model, lora, dtype=torch.float32, freeze_vision=actor.freeze_vision_tower, frozen=actor.freeze)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(p.numel() for p in chosen_model(workers, folder).parameters() if p.requires_grad)
 
 
 def fixed_switches(config: PPOConfig) -> dict[str, bool]:

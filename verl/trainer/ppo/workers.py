@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoConfig
 
 from verl.config import PPOConfig, token_budgets
-from verl.models.policy import check_model_folder
+from verl.config.derived import uses_adapters
+from verl.models.policy import check_model_folder, model_config
+from verl.models.trained import TrainedParts
 from verl.packing.balance import PATCH_WEIGHT, plan_mini_batch
 from verl.protocol import LogProbs, Prompt, Response, TokenIds, TrainGroup
 from verl.single_controller.cluster import Resources
@@ -20,6 +21,7 @@ from verl.trainer.ppo.mfu import FlopMeter
 from verl.utils.checkpoint.manager import Checkpoint
 from verl.utils.files import files_in
 from verl.utils.flops import FlopCounter, peak_flops
+from verl.workers.actor.build import chosen_model
 from verl.workers.actor.objective import merge_metrics
 from verl.workers.actor.worker import ActorWorker, MiniBatch
 from verl.workers.rollout.base import Sampling
@@ -51,8 +53,7 @@ class Actors:
         )
         device = self.group.all("device_name")[0]
         peak = None if device is None else peak_flops(device)
-        model = AutoConfig.from_pretrained(check_model_folder(config.actor_rollout_ref.model.path))
-        self.meter = FlopMeter(FlopCounter(model), peak, ranks)
+        self.meter = FlopMeter(flop_counter(config), peak, ranks)
 
     def _plan(self, groups: Sequence[TrainGroup], budget: int) -> list[list[list[TrainGroup]]]:
         return plan_mini_batch(
@@ -72,7 +73,7 @@ class Actors:
         assert budget is not None, "no KL term asks for a reference"
         plan = self._plan(groups, budget)
         if self.meter is not None:
-            self.meter.add("actor_infer", groups, passes=1)
+            self.meter.add("actor_infer", groups)
         parts = self.group.each("ref_log_probs" if reference else "log_probs", [(share,) for share in plan])
         return {index: values for part in parts for index, values in part.items()}
 
@@ -88,7 +89,7 @@ class Actors:
         ]
         if self.meter is not None:
             for groups in mini_batches:
-                self.meter.add("actor", groups, passes=3)
+                self.meter.add("actor", groups)
         by_rank = self.group.each("update", shares)
         steps = []
         for number in range(len(mini_batches)):
@@ -113,6 +114,15 @@ class Actors:
 
     def describe(self) -> str:
         return self.group.all("describe")[0]
+
+
+def flop_counter(config: PPOConfig) -> FlopCounter:
+    """Of the actor's model as the config changes it, and what of it is trained."""
+    workers = config.actor_rollout_ref
+    folder = check_model_folder(workers.model.path)
+    whole = not (workers.actor.freeze or workers.actor.freeze_vision_tower or uses_adapters(workers.model))
+    trained = None if whole else TrainedParts.of(chosen_model(workers, folder))
+    return FlopCounter(model_config(folder, workers.model.override_config), trained)
 
 
 def wait_for_files(folder: Path, written: Sequence[Mapping[str, int]], patience: float = _SEEN_WITHIN) -> None:

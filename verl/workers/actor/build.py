@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from verl.config.nodes import FSDPConfig, ModelConfig, OptimConfig, Switch
+from verl.config.nodes import ActorRolloutRefConfig, FSDPConfig, ModelConfig, OptimConfig, Switch
 from verl.models.freeze import freeze
 from verl.models.lora import (
     LoraSpec,
@@ -93,6 +93,17 @@ def choose_trained(
     if freeze_vision:
         hf.model.visual.requires_grad_(False)
     freeze(hf, frozen)
+
+
+def chosen_model(workers: ActorRolloutRefConfig, folder: Path) -> PreTrainedModel:
+    """The actor's model without weights, with its adapters and the `requires_grad` of what is trained.
+
+    Raises ValueError for a pattern of layers or parameters that fits none.
+    """
+    model, actor = empty_model(folder, workers.model.override_config), workers.actor
+    lora = lora_spec(workers.model)
+    choose_trained(model, lora, dtype=torch.float32, freeze_vision=actor.freeze_vision_tower, frozen=actor.freeze)
+    return model
 
 
 def lora_spec(model: ModelConfig) -> LoraSpec | None:
