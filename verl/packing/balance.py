@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from verl.protocol import TrainGroup, TrainSample
 
 PATCH_WEIGHT = 0.24
-"""What a patch costs beside a text token of the same forward: 0.67e9 tower against 2.8e9 text parameters at the 3B."""
+"""What a patch costs beside a text token of the same forward at the 3B: 0.67e9 tower against 2.8e9 text parameters.
+Other models have their own (`verl.models.sizes`)."""
 Plan = list[list[list[TrainGroup]]]
 """plan[rank][micro_batch] is a list of groups; all ranks have equally many micro-batches."""
 

@@ -26,7 +26,8 @@ from verl.config.cli import overrides_from
 from verl.config.derived import config_differences, sft_model, sft_optim, sft_resume_mode
 from verl.models.freeze import parameter_table
 from verl.models.policy import check_model_folder, load_policy, open_tokenizer, stop_ids
-from verl.packing.balance import PATCH_WEIGHT, plan_mini_batch
+from verl.models.sizes import ModelSizes
+from verl.packing.balance import plan_mini_batch
 from verl.protocol import Group, Prompt, Response, TrainGroup, TrainSample
 from verl.trainer.ppo.batch import response_tokens
 from verl.trainer.ppo.scoring import Scorer, build_reward_manager, check_scorable
@@ -137,6 +138,7 @@ class SFTTrainer:
         self.sampler = Sampler(len(self.data.train), seed=data.seed, shuffle=data.shuffle, drop_last=False)
         self.steps_per_epoch = self.sampler.batches_per_epoch(data.train_batch_size)
         self.total_steps = trainer.total_training_steps or trainer.total_epochs * self.steps_per_epoch
+        self.patch_weight = ModelSizes.from_folder(self.folder, config.model.override_config).patch_weight
         self.budget = data.micro_batch_size_per_gpu * data.max_length
         self.scorer = Scorer(build_reward_manager(config), self.tokenizer, open_images(self.data.stores))
         check_scorable(self.scorer.manager, data.val_files, [e.prompt for e in self.data.validation])
@@ -227,7 +229,7 @@ class SFTTrainer:
             rows = self.sampler.next_batch(self.config.data.train_batch_size)
             groups = to_groups([self.data.train[int(i)] for i in rows])
             plan = plan_mini_batch(
-                groups, ranks=self.world, token_budget=self.budget, patch_weight=PATCH_WEIGHT, balanced=True
+                groups, ranks=self.world, token_budget=self.budget, patch_weight=self.patch_weight, balanced=True
             )
             mine = self.engine.step(plan[self.rank], SFTObjective(), response_tokens(groups))
         merged = merge_metrics(all_gather_objects(mine)) | {k: mine[k] for k in ("grad_norm", "lr", "skipped")}

@@ -65,7 +65,8 @@ def _one_rank(calls: Calls) -> Iterator[None]:
         to_dict={},
         to_yaml="",
     )
-    with rank, of_images(calls), of_rewards(calls), calls.replacing("torch.distributed", "barrier"):
+    sizes = calls.replacing("verl.models.sizes.ModelSizes", from_folder=MagicMock(patch_weight=0.24))
+    with rank, sizes, of_images(calls), of_rewards(calls), calls.replacing("torch.distributed", "barrier"):
         yield
 
 

@@ -75,6 +75,23 @@ NOTHING_FIXED: dict[str, bool] = {}
 AWAKE = dict.fromkeys(ALL, False)
 
 
+def test_a_patch_weighs_what_its_tower_has_beside_the_text_layers() -> None:
+    """Hand-counted: 0.67e9 beside 2.77e9 at the 3B and 6.53e9 at the 7B; a toy's tower outweighs its text."""
+    seven_b = THREE_B | {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+        "vision_config": THREE_B["vision_config"] | {"out_hidden_size": 3584},
+    }
+    toy = THREE_B | {"num_hidden_layers": 1}
+    weights = [ModelSizes.from_config(config).patch_weight for config in (THREE_B, seven_b, toy)]
+    assert weights == pytest.approx([0.241, 0.1037, 0.25], abs=5e-4)
+
+
 def test_parameters_are_those_of_the_published_model_and_of_its_halves() -> None:
     assert (SIZES.parameters, SIZES.vision.parameters) == (3_754_622_976, 668_684_288)
     assert SIZES.text.kv_bytes == 36_864

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_memory_plan import THREE_B
+from test_memory_plan import SIZES, THREE_B
 
 from verl.config import PPOConfig, load
 from verl.config.checks import check_ppo
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def decided(folder: Path, *overrides: str, gib: float = 139.8) -> Switches:
-    found, plan = decide(config(*overrides), folder, PLOT, device=int(gib * GIB), patch_weight=0.24)
+    found, plan = decide(config(*overrides), folder, PLOT, device=int(gib * GIB))
     assert fixed_switches(found).keys() >= plan.switches.__annotations__.keys() - {"sleep"}, "an `auto` is left"
     for name, key in KEYS.items():
         node: Any = found
@@ -69,22 +69,30 @@ def decided(folder: Path, *overrides: str, gib: float = 139.8) -> Switches:
 
 
 def test_the_demand_of_ctu_3b_is_read_from_its_config(folder: Path) -> None:
-    demand = demand_of(config(), folder, PLOT, device=GIB, patch_weight=0.24)
+    demand = demand_of(config(), folder, PLOT, device=GIB)
     assert (demand.master, demand.compute, demand.reduce, demand.shards) == (4, 2, 4, 1)
     assert (demand.reference, demand.engine, demand.sequences, demand.context) == (True, "vllm", 320, 706)
     assert demand.sizes.parameters == 3_754_622_976 and demand.bucket == 512 << 20
-    assert demand_of(config(f"{W}.actor.use_kl_loss=False"), folder, PLOT, device=1, patch_weight=0).reference is False
+    assert demand_of(config(f"{W}.actor.use_kl_loss=False"), folder, PLOT, device=1).reference is False
+
+
+def test_the_largest_micro_batch_weighs_patches_as_the_model_does(folder: Path) -> None:
+    deep = demand_of(config(), folder, PLOT, device=GIB)
+    shallow = demand_of(config(f"+{W}.model.override_config.num_hidden_layers=18"), folder, PLOT, device=GIB)
+    assert SIZES.patch_weight == pytest.approx(0.241, abs=1e-3) and shallow.sizes.patch_weight == 0.25
+    for demand in (deep, shallow):
+        assert demand.tokens + demand.sizes.patch_weight * demand.patches == pytest.approx(7600)
 
 
 def test_the_demand_of_adapters_counts_them(folder: Path) -> None:
     lora = (f"{W}.model.lora_rank=8", f"{W}.model.target_modules=[q_proj]")
-    assert demand_of(config(*lora), folder, PLOT, device=1, patch_weight=0).adapters == 36 * 8 * (2048 + 2048)
+    assert demand_of(config(*lora), folder, PLOT, device=1).adapters == 36 * 8 * (2048 + 2048)
     assert not decided(folder, *AUTO, *lora).reference_offload
 
 
 def test_the_demand_of_frozen_patterns_counts_what_is_left_to_train(folder: Path) -> None:
     def trained(*overrides: str) -> int | None:
-        return demand_of(config(*overrides), folder, PLOT, device=1, patch_weight=0).trained
+        return demand_of(config(*overrides), folder, PLOT, device=1).trained
 
     lora = (f"{W}.model.lora_rank=8", f"{W}.model.target_modules=[q_proj]")
     assert trained() is trained(*lora) is None

@@ -15,7 +15,7 @@ from verl.single_controller.group import WorkerGroup
 from verl.single_controller.shared import check_shared
 from verl.trainer.ppo.placement import plan_placement
 from verl.trainer.ppo.switches import LargestPrompt, decide, without_plan
-from verl.trainer.ppo.workers import PATCH_WEIGHT, Actors, Rollouts, peak_memory
+from verl.trainer.ppo.workers import Actors, Rollouts, peak_memory
 from verl.workers.reward_manager import RewardManager
 from verl.workers.reward_manager.pool import RewardPool, default_workers
 from verl.workers.runtime import resolve_device
@@ -171,9 +171,7 @@ def _decide_memory(config: PPOConfig, actors: WorkerGroup | None, prompts: Seque
     if actors is None or resolve_device(config.trainer.device) != "cuda":
         return without_plan(config)
     folder = check_model_folder(config.actor_rollout_ref.model.path)
-    decided, plan = decide(
-        config, folder, LargestPrompt.of(prompts), device=actors.gpu_bytes(), patch_weight=PATCH_WEIGHT
-    )
+    decided, plan = decide(config, folder, LargestPrompt.of(prompts), device=actors.gpu_bytes())
     print(plan.table(), flush=True)
     return decided
 

@@ -50,17 +50,18 @@ def largest_micro_batch(config: PPOConfig, prompt: LargestPrompt, patch_weight: 
     return min(float(most), max(float(budget) - patch_weight * patches, float(prompt.tokens))), patches
 
 
-def demand_of(config: PPOConfig, folder: Path, prompt: LargestPrompt, *, device: int, patch_weight: float) -> Demand:
+def demand_of(config: PPOConfig, folder: Path, prompt: LargestPrompt, *, device: int) -> Demand:
     """What the run asks of one actor GPU of `device` bytes. `folder` holds the model's config.json."""
     workers, data = config.actor_rollout_ref, config.data
     actor, rollout, fsdp = workers.actor, workers.rollout, workers.actor.fsdp_config
-    tokens, patches = largest_micro_batch(config, prompt, patch_weight)
+    sizes = ModelSizes.from_folder(folder, workers.model.override_config)
+    tokens, patches = largest_micro_batch(config, prompt, sizes.patch_weight)
     tp = rollout.tensor_model_parallel_size if rollout.name == "vllm" else 1
     engines = max(1, world_size(config) // tp)
     together = rollout.max_num_seqs if rollout.name == "vllm" else max(rollout.hf_batch_size, rollout.n)
     written = -(-data.train_batch_size // engines) * rollout.n
     return Demand(
-        sizes=ModelSizes.from_folder(folder, workers.model.override_config),
+        sizes=sizes,
         shards=world_size(config) if fsdp.fsdp_size == -1 else fsdp.fsdp_size,
         frozen_vision=actor.freeze_vision_tower,
         adapters=_adapters(workers.model, folder),
@@ -131,10 +132,8 @@ def without_plan(config: PPOConfig) -> PPOConfig:
     return with_switches(config, Switches(**({"reshard_after_forward": True} | fixed)))
 
 
-def decide(
-    config: PPOConfig, folder: Path, prompt: LargestPrompt, *, device: int, patch_weight: float
-) -> tuple[PPOConfig, MemoryPlan]:
+def decide(config: PPOConfig, folder: Path, prompt: LargestPrompt, *, device: int) -> tuple[PPOConfig, MemoryPlan]:
     """The plan of a run on GPUs and its config without `auto`. Raises ValueError when the run cannot fit."""
-    demand = demand_of(config, folder, prompt, device=device, patch_weight=patch_weight)
+    demand = demand_of(config, folder, prompt, device=device)
     plan = plan_memory(demand, fixed_switches(config))
     return with_switches(config, plan.switches), plan

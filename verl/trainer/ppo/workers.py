@@ -10,6 +10,7 @@ import numpy as np
 from verl.config import PPOConfig, token_budgets
 from verl.config.derived import uses_adapters
 from verl.models.policy import check_model_folder, model_config
+from verl.models.sizes import ModelSizes
 from verl.models.trained import TrainedParts
 from verl.packing.balance import PATCH_WEIGHT, plan_mini_batch
 from verl.protocol import LogProbs, Prompt, Response, TokenIds, TrainGroup
@@ -37,6 +38,8 @@ class Actors:
 
     def __init__(self, group: WorkerGroup, config: PPOConfig) -> None:
         self.group = group
+        self.patch_weight = PATCH_WEIGHT
+        """The 3B's before the workers are built, then the model's own."""
         self.balanced = config.trainer.balance_batch
         # A run that only validates needs no budgets, and need not set their keys.
         self.budgets = None if config.trainer.val_only else token_budgets(config)
@@ -54,13 +57,14 @@ class Actors:
         device = self.group.all("device_name")[0]
         peak = None if device is None else peak_flops(device)
         self.meter = FlopMeter(flop_counter(config), peak, ranks)
+        self.patch_weight = patch_weight(config)
 
     def _plan(self, groups: Sequence[TrainGroup], budget: int) -> list[list[list[TrainGroup]]]:
         return plan_mini_batch(
             groups,
             ranks=self.group.size,
             token_budget=budget,
-            patch_weight=PATCH_WEIGHT,
+            patch_weight=self.patch_weight,
             balanced=self.balanced,
         )
 
@@ -114,6 +118,12 @@ class Actors:
 
     def describe(self) -> str:
         return self.group.all("describe")[0]
+
+
+def patch_weight(config: PPOConfig) -> float:
+    """Of the actor's model."""
+    model = config.actor_rollout_ref.model
+    return ModelSizes.from_folder(check_model_folder(model.path), model.override_config).patch_weight
 
 
 def flop_counter(config: PPOConfig) -> FlopCounter:
