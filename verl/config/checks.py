@@ -19,6 +19,7 @@ from verl.config.derived import (
     uses_reference,
     world_size,
 )
+from verl.config.engine_kwargs import engine_kwargs_problems
 from verl.config.hdfs import no_input, no_output
 from verl.config.nodes import FSDPConfig, ModelConfig, RolloutConfig, SamplingConfig, ScoringConfig
 from verl.config.ppo import PPOConfig
@@ -206,6 +207,7 @@ def _sampling(config: PPOConfig) -> Problems:
     yield from _draw(_ROLLOUT, rollout)
     yield from _draw(f"{_ROLLOUT}.val_kwargs", rollout.val_kwargs)
     yield from _between(f"{_ROLLOUT}.gpu_memory_utilization", rollout.gpu_memory_utilization, 0.01, 1)
+    yield from engine_kwargs_problems(_ROLLOUT, rollout)
     yield from _scoring(config.reward)
     yield from _judge(config)
 

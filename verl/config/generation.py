@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from verl.config.engine_kwargs import engine_kwargs_problems
 from verl.config.hdfs import no_input, no_output
 from verl.config.nodes import Device, RolloutConfig
 from verl.config.ppo import Truncation
@@ -114,6 +115,7 @@ def _problems(config: GenerationConfig) -> Iterator[str]:
         yield f"rollout.top_k={rollout.top_k} must be -1 (no limit) or at least 1"
     if not 0 < rollout.top_p <= 1:
         yield f"rollout.top_p={rollout.top_p} must be above 0 and at most 1"
+    yield from engine_kwargs_problems("rollout", rollout)
     longest = rollout.prompt_length + rollout.response_length
     if rollout.max_model_len is not None and rollout.max_model_len < longest:
         yield f"rollout.max_model_len={rollout.max_model_len} is less than prompt_length + response_length = {longest}"

@@ -224,7 +224,7 @@ class EngineKwargsConfig:
     """Arguments of an engine that have no key of their own."""
 
     vllm: Mapping[str, Any]
-    """vllm: further fields of its EngineArgs, as they are; what answers mean stays the program's."""
+    """vllm: further fields of its EngineArgs, as they are; not those with a key here, nor what answers mean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -144,7 +144,7 @@ def test_the_same_config_does_the_same_so_that_a_difference_means_something(name
 
 def test_evidence_must_exist_and_set_the_key() -> None:
     file = "tests/unit/rollout/test_vllm_plan.py"
-    assert uses(f"{file}::test_what_answers_mean_is_not_the_users_to_set", "trainer.n_gpus_per_node")
+    assert uses(f"{file}::test_an_engine_that_nobody_sends_weights_reads_them", "trainer.n_gpus_per_node")
     assert not uses(f"{file}::test_a_prompts_room_bounds_the_largest_image", "trainer.n_gpus_per_node")
     for absent in (f"{file}::test_absent", "tests/absent.py::test_a", "verl/config/inert.py::inert_ppo"):
         with pytest.raises(AssertionError, match=r"no such"):

@@ -15,7 +15,6 @@ from verl.utils.dataset.images import ImageSpec
 from verl.workers.rollout.base import Sampling
 from verl.workers.rollout.vllm_plan import (
     MAX_LISTED_IDS,
-    RESERVED,
     answer_seed,
     ban,
     capture_sizes,
@@ -78,12 +77,6 @@ def test_given_capture_sizes_are_taken_and_none_are_captured_when_eager() -> Non
     assert arguments(graphs, f"{ROLLOUT}.cudagraph_capture_sizes=[3,5]")["cudagraph_capture_sizes"] == [3, 5]
     assert arguments(graphs)["cudagraph_capture_sizes"] == capture_sizes(320)
     assert "cudagraph_capture_sizes" not in arguments()
-
-
-@pytest.mark.parametrize("name", sorted(RESERVED))
-def test_what_answers_mean_is_not_the_users_to_set(name: str) -> None:
-    with pytest.raises(ValueError, match=f"engine_kwargs.vllm.{name}=1 is set by the program"):
-        arguments(f"+{ROLLOUT}.engine_kwargs.vllm.{name}=1")
 
 
 def test_on_cpu_the_engine_is_fp32_eager_reads_its_weights_and_is_one_process() -> None:

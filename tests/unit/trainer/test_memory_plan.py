@@ -232,6 +232,8 @@ def test_a_fixed_switch_is_never_changed() -> None:
         (ctu(4, utilization=0.95), AWAKE | {"sleep": True}, ["gpu_memory_utilization", "generate"]),
         (ctu(4, device=24 * GIB, utilization=0.5), NOTHING_FIXED, ["use more GPUs"]),
         (ctu(4, utilization=0.05), NOTHING_FIXED, ["gpu_memory_utilization=0.05", "raise it"]),
+        (ctu(4, given_cache=1 << 20), NOTHING_FIXED, ["vllm.kv_cache_memory_bytes=1048576", "706 tokens", "raise it"]),
+        (ctu(4, given_cache=120 * GIB), AWAKE | {"sleep": True}, ["lower", "vllm.kv_cache_memory_bytes", "generate"]),
     ],
 )
 def test_what_cannot_fit_is_refused_and_names_the_keys(demand: Demand, fixed: dict[str, bool], keys: list[str]) -> None:
@@ -239,6 +241,15 @@ def test_what_cannot_fit_is_refused_and_names_the_keys(demand: Demand, fixed: di
         plan_memory(demand, fixed)
     for key in keys:
         assert key in str(error.value), str(error.value)
+
+
+def test_a_given_cache_takes_the_place_of_the_share() -> None:
+    """The share may then say anything: vLLM does not look at it."""
+    peaks = [estimate(ctu(given_cache=4 * GIB, utilization=u), Switches()).phases["generate"] for u in (0.05, 0.9)]
+    assert peaks[0] == peaks[1] < estimate(ctu(utilization=0.9), Switches()).phases["generate"]
+    more = estimate(ctu(given_cache=9 * GIB), Switches()).phases["generate"]
+    assert more - peaks[0] == 5 * GIB
+    assert "vLLM's cache: 4.0," in plan_memory(ctu(given_cache=4 * GIB, utilization=0.05), NOTHING_FIXED).table()
 
 
 def test_an_engine_that_sleeps_drops_weights_and_cache_only_while_the_actor_computes() -> None:

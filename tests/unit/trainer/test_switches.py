@@ -73,6 +73,9 @@ def test_the_demand_of_ctu_3b_is_read_from_its_config(folder: Path) -> None:
     assert (demand.master, demand.compute, demand.reduce, demand.shards) == (4, 2, 4, 1)
     assert (demand.reference, demand.engine, demand.sequences, demand.context) == (True, "vllm", 320, 706)
     assert demand.sizes.parameters == 3_754_622_976 and demand.bucket == 512 << 20
+    assert (demand.utilization, demand.given_cache) == (0.15, None)
+    cache = f"+{W}.rollout.engine_kwargs.vllm.kv_cache_memory_bytes=4096"
+    assert demand_of(config(cache), folder, PLOT, device=GIB).given_cache == 4096
     assert demand_of(config(f"{W}.actor.use_kl_loss=False"), folder, PLOT, device=1).reference is False
 
 

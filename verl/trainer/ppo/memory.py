@@ -50,6 +50,8 @@ class Demand:
     """vllm, hf, or none where the rollout has GPUs of its own."""
     utilization: float
     """Share of the GPU that vLLM takes while it is awake."""
+    given_cache: int | None = None
+    """Bytes of vLLM's cache; with them the share does not matter."""
     tensor_parallel: int
     sequences: int
     """Answers that one engine writes at the same time."""
@@ -84,6 +86,7 @@ KEYS = {
     "checkpointing": "actor_rollout_ref.model.enable_gradient_checkpointing",
     "param_offload": "actor_rollout_ref.actor.fsdp_config.param_offload",
 }
+GIVEN_CACHE = "actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes"
 
 
 @dataclass(frozen=True)
@@ -140,12 +143,17 @@ def estimate(demand: Demand, switches: Switches) -> Estimate:
 
 def _awake(d: Demand) -> float:
     if d.engine == "vllm":
-        return d.utilization * d.device
+        return d.utilization * d.device if d.given_cache is None else _beside_cache(d) + d.given_cache
     return 0.0 if d.engine == "none" else d.compute * d.sizes.parameters + wanted_cache(d)
 
 
 def _asleep(d: Demand) -> float:
     return min(float(ENGINE_EXTRA), _awake(d)) if d.engine == "vllm" else _awake(d)
+
+
+def _beside_cache(d: Demand) -> float:
+    """Bytes of vLLM without its cache."""
+    return d.compute * d.sizes.parameters / d.tensor_parallel + ENGINE_EXTRA
 
 
 def wanted_cache(demand: Demand) -> float:
@@ -154,9 +162,10 @@ def wanted_cache(demand: Demand) -> float:
 
 
 def engine_cache(demand: Demand) -> float:
-    """Bytes that vLLM has left for its cache; negative when the weights alone do not fit."""
-    weights = demand.compute * demand.sizes.parameters / demand.tensor_parallel
-    return demand.utilization * demand.device - weights - ENGINE_EXTRA
+    """Bytes that vLLM has for its cache; negative when the weights alone do not fit."""
+    if demand.given_cache is not None:
+        return float(demand.given_cache)
+    return demand.utilization * demand.device - _beside_cache(demand)
 
 
 @dataclass(frozen=True)
@@ -221,12 +230,18 @@ def _check_engine(demand: Demand) -> None:
     if demand.engine != "vllm":
         return
     one = demand.context * demand.sizes.text.kv_bytes / demand.tensor_parallel
-    if engine_cache(demand) < one:
+    if engine_cache(demand) >= one:
+        return
+    if demand.given_cache is not None:
         raise ValueError(
-            f"actor_rollout_ref.rollout.gpu_memory_utilization={demand.utilization:g} of {demand.device / GIB:.0f} GiB "
-            f"leaves {engine_cache(demand) / GIB:.1f} GiB for vLLM's cache and one sequence of {demand.context} tokens "
-            f"needs {one / GIB:.1f}: raise it, or actor_rollout_ref.rollout.tensor_model_parallel_size"
+            f"{GIVEN_CACHE}={demand.given_cache} is {demand.given_cache / GIB:.1f} GiB, and one sequence of "
+            f"{demand.context} tokens needs {one / GIB:.1f}: raise it"
         )
+    raise ValueError(
+        f"actor_rollout_ref.rollout.gpu_memory_utilization={demand.utilization:g} of {demand.device / GIB:.0f} GiB "
+        f"leaves {engine_cache(demand) / GIB:.1f} GiB for vLLM's cache and one sequence of {demand.context} tokens "
+        f"needs {one / GIB:.1f}: raise it, or actor_rollout_ref.rollout.tensor_model_parallel_size"
+    )
 
 
 def _does_not_fit(demand: Demand, found: Switches, expected: Estimate, fixed: Mapping[str, bool]) -> str:
@@ -244,7 +259,8 @@ def _does_not_fit(demand: Demand, found: Switches, expected: Estimate, fixed: Ma
             "use_dynamic_bsz=True)"
         )
     if demand.engine == "vllm" and (phase == "generate" or not found.sleep):
-        advice.append("lower actor_rollout_ref.rollout.gpu_memory_utilization")
+        size = "actor_rollout_ref.rollout.gpu_memory_utilization" if demand.given_cache is None else GIVEN_CACHE
+        advice.append(f"lower {size}")
     advice.append("use more GPUs")
     plan = MemoryPlan(found, {}, expected, demand)
     return (

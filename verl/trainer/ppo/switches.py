@@ -10,6 +10,7 @@ from typing import Any
 
 from verl.config import PPOConfig, token_budgets, uses_reference
 from verl.config.derived import max_context, uses_adapters, world_size
+from verl.config.engine_kwargs import given_cache
 from verl.config.nodes import ActorRolloutRefConfig, ModelConfig
 from verl.models.lora import adapter_count
 from verl.models.policy import empty_model
@@ -74,6 +75,7 @@ def demand_of(config: PPOConfig, folder: Path, prompt: LargestPrompt, *, device:
         reference=uses_reference(config),
         engine=rollout.name if workers.hybrid_engine else "none",
         utilization=rollout.gpu_memory_utilization,
+        given_cache=given_cache(rollout),
         tensor_parallel=tp,
         sequences=min(written, together),
         context=max_context(config),

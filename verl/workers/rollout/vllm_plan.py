@@ -2,7 +2,7 @@
 
 Invariants
 - Every rollout key of the yaml that concerns vLLM is in the engine's arguments; `engine_kwargs.vllm` may add others and
-  replace some, but none of those on which the answers' meaning rests.
+  replace some (`verl.config.engine_kwargs` refuses the rest), but none that several ranks of an engine need alike.
 - The largest batch of a step decodes in a captured CUDA graph.
 - An answer's seed is a function of (run seed, step, uid, answer index) alone.
 """
@@ -28,13 +28,6 @@ MAX_LISTED_IDS = 1024
 _BAN = -100.0  # the lowest bias that vLLM takes
 _UNKNOWN_BATCH = 256  # answers at a time of a run that only validates, in one batch of all its rows
 
-RESERVED = frozenset({
-    "model", "tokenizer", "skip_tokenizer_init", "generation_config", "logprobs_mode", "dtype", "max_model_len",
-    "tensor_parallel_size", "distributed_executor_backend", "hf_overrides", "trust_remote_code", "enable_sleep_mode",
-    "mm_processor_cache_gb",
-})  # fmt: skip
-"""Arguments that belong to the program: another value would change what an answer or its log-probs mean."""
-
 
 def engine_arguments(
     config: PPOConfig, *, folder: Path, spec: ImageSpec, device: str, engines: int, waits_for_weights: bool
@@ -42,14 +35,14 @@ def engine_arguments(
     """Keyword arguments of vLLM's `EngineArgs` for one of `engines` replicas.
 
     `waits_for_weights`: the actor will send them, so nothing need be read from the disk. Raises ValueError on a key of
-    `engine_kwargs.vllm` that is not the user's to set.
+    `engine_kwargs.vllm` that an engine of several ranks does not leave to the user.
     """
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
     key = "actor_rollout_ref.rollout"
     given = dict(rollout.engine_kwargs.vllm)
     tp = rollout.tensor_model_parallel_size
     together = tensor_parallel(tp, device)
-    if taken := sorted((RESERVED | together.keys()) & given.keys()):
+    if taken := sorted(together.keys() & given.keys()):
         raise ValueError(f"{key}.engine_kwargs.vllm.{taken[0]}={given[taken[0]]} is set by the program: remove it")
     arguments: dict[str, Any] = {
         "model": str(folder),
