@@ -193,6 +193,21 @@ class EngineContract:
         host.update([mine])
         assert ids(host.generate(prompts, GREEDY, 0)[0]) == before
 
+    def test_a_weight_that_vllm_passes_over_is_noticed_at_the_first_update(
+        self, host: Host, prompts: list[Prompt], policy: Policy
+    ) -> None:
+        mine = weights_held(policy)
+        before = ids(host.generate(prompts, GREEDY, 0)[0])
+        sent = "model.language_model.layers.1.mlp.down_proj.weight"
+        parts = [dict(list(mine.items())[i::3]) for i in range(3)]
+        left = r"left 1 without: language_model\.model\.layers\.1\.mlp\.down_proj\.weight\."
+        with pytest.raises(RemoteError, match=f"RuntimeError: vLLM .*{len(mine)} weights into .*{left}"):
+            host.update_past(parts, sent)
+        with pytest.raises(RemoteError, match="weights are old"):
+            host.generate(prompts, GREEDY, 0)
+        host.update([mine])
+        assert ids(host.generate(prompts, GREEDY, 0)[0]) == before
+
 
 def weights_held(policy: Policy) -> Weights:
     """A copy, by Hugging Face name."""

