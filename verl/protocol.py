@@ -157,6 +157,7 @@ class TrainSample:
     old_log_probs: LogProbs | None = None
     ref_log_probs: LogProbs | None = None
     rollout_log_probs: LogProbs | None = None
+    """The sampler's, where its mismatch with this forward is measured: in the first mini-batch of a step."""
     is_weights: LogProbs | None = None
     """(R,) factors of the policy loss that correct for the sampler (see `verl.algorithms.rollout_correction`)."""
 

@@ -345,6 +345,7 @@ class Trainer:
                     loss_agg_mode=actor.loss_agg_mode,
                     loss_scale_factor=actor.loss_scale_factor or float(self.config.data.max_response_length),
                     is_weights=weights,
+                    with_sampler=mini.first,
                 )
                 for mini in minis
             ]

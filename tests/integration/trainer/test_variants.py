@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ RunRL = Callable[..., Run]
 @pytest.fixture
 def rl(request: pytest.FixtureRequest, work: Path, data: Data, start: Path) -> RunRL:
     """A run of one step, not yet judged by its exit code; `extra` wins."""
-    folder = work / request.node.name.replace("/", "_")
+    folder = work / re.sub(r"\W+", "_", request.node.name)  # brackets mean a list in an override
 
     def run(*extra: str, model: Path = start, name: str = "run") -> Run:
         return rl_here(rl_overrides(data, model, folder / name, *extra), folder / name)
@@ -88,6 +89,34 @@ def test_invariant_4_an_adaptive_kl_coefficient_follows_its_rule_also_over_a_res
     again = rl(*control, "trainer.total_training_steps=3", *named, name="again").ok()
     assert again.answers(3) == run.answers(3)
     assert differences(again.steps[3], run.steps[3]) == []
+
+
+# --- the sampler -------------------------------------------------------------------------------------------------
+
+CORRECTION = "algorithm.rollout_correction"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        (),
+        (f"{CORRECTION}.bypass_mode=True",),
+        (f"{CORRECTION}.bypass_mode=True", f"{CORRECTION}.loss_type=reinforce"),
+        (f"{CORRECTION}.rollout_is=token",),
+    ],
+    ids=["plain", "bypass", "reinforce", "weights"],
+)
+def test_sampler_and_actor_are_compared_before_the_first_update_of_every_step_in_every_mode(
+    rl: RunRL, how: tuple[str, ...]
+) -> None:
+    """Two optimizer steps of a visible size: the second one's log-probs are of other weights and do not count."""
+    run = rl(*how, "trainer.total_training_steps=2", f"{ACTOR}.entropy_coeff=0.5", f"{ACTOR}.optim.lr=1e-2").ok()
+    for step in (1, 2):
+        row = run.steps[step]
+        assert 0 < row["training/rollout_probs_diff_max"] < 1e-4, row["training/rollout_probs_diff_max"]
+        names = ("training/rollout_probs_diff_mean", "training/rollout_probs_diff_std", "rollout_corr/k3_kl")
+        assert all(abs(row[name]) < 1e-4 for name in (*names, "rollout_corr/kl")), row
+        assert row["training/rollout_actor_probs_pearson_corr"] == pytest.approx(1.0, abs=1e-4)
 
 
 # --- scores ------------------------------------------------------------------------------------------------------

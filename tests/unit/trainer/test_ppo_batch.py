@@ -35,7 +35,13 @@ def group(number: int, totals: list[float | None], lengths: list[int] | None = N
 
 
 def built(
-    groups: list[Group], members: list[int] | None = None, mode: str = "token-mean", old=None, ref=None, scale=None
+    groups: list[Group],
+    members: list[int] | None = None,
+    mode: str = "token-mean",
+    old=None,
+    ref=None,
+    scale=None,
+    **more,
 ):
     return train_groups(
         groups,
@@ -45,6 +51,7 @@ def built(
         ref=ref or {},
         loss_agg_mode=mode,
         loss_scale_factor=scale,
+        **more,
     )
 
 
@@ -80,7 +87,7 @@ def test_denominators_are_those_of_the_mini_batch_alone() -> None:
 def test_every_sample_carries_its_own_answer_and_columns() -> None:
     old = {i: np.full(2 + i % 4, -float(i), np.float32) for i in range(12)}
     ref = {i: np.full(2 + i % 4, -100.0 - i, np.float32) for i in range(12)}
-    for g in built(MIXED, members=[2, 0], old=old, ref=ref):
+    for g in built(MIXED, members=[2, 0], old=old, ref=ref, with_sampler=True):
         number = g.prompt.row
         advantages = grpo_advantage(MIXED[number].scores).values
         for s in g.samples:
@@ -89,7 +96,8 @@ def test_every_sample_carries_its_own_answer_and_columns() -> None:
             assert s.token_ids is response.token_ids and s.rollout_log_probs is response.log_probs
             assert s.advantage == advantages[answer] and len(s.weights) == len(s.token_ids)
             assert s.old_log_probs is old[s.index] and s.ref_log_probs is ref[s.index]
-    assert all(s.old_log_probs is None and s.ref_log_probs is None for g in built(MIXED) for s in g.samples)
+    plain = [s for g in built(MIXED) for s in g.samples]
+    assert all(s.old_log_probs is s.ref_log_probs is s.rollout_log_probs is None for s in plain)
 
 
 def test_response_tokens_count_kept_answers() -> None:

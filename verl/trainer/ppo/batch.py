@@ -62,8 +62,13 @@ def train_groups(
     loss_agg_mode: str,
     loss_scale_factor: float | None,
     is_weights: LogProbTable = MappingProxyType({}),
+    with_sampler: bool = False,
 ) -> list[TrainGroup]:
-    """The kept answers of `members` with everything the loss needs. Tables may be empty (column absent)."""
+    """The kept answers of `members` with everything the loss needs. Tables may be empty (column absent).
+
+    `with_sampler`: the policy has not moved since it was sampled from, so the sampler's log-probs go along, to be
+    compared with its own. Later they would tell how far it has moved.
+    """
     kept = [(g, kept_answers(groups[g], advantages[g])) for g in members]
     lengths = [len(groups[g].responses[i].token_ids) for g, answers in kept for i in answers]
     weights = iter(token_weights(lengths, loss_agg_mode, loss_scale_factor))
@@ -82,7 +87,7 @@ def train_groups(
                     advantage=float(advantages[g].values[i]),
                     old_log_probs=old.get(index),
                     ref_log_probs=ref.get(index),
-                    rollout_log_probs=response.log_probs,
+                    rollout_log_probs=response.log_probs if with_sampler else None,
                     is_weights=is_weights.get(index),
                 )
             )

@@ -127,7 +127,7 @@ class PolicyObjective:
             kl = (weights * kl_estimate(stats.log_probs, tensor(columns.ref_log_probs), self.kl_kind)).sum()
             loss = loss + self.kl_coef * kl
             metrics["kl_loss"] = kl.detach()
-        if columns.rollout_log_probs is not None and columns.old_log_probs is None:
+        if columns.rollout_log_probs is not None:
             metrics |= _sampler_mismatch(stats.log_probs.detach(), tensor(columns.rollout_log_probs), share)
         return loss, metrics
 
