@@ -37,23 +37,26 @@ class Canary:
     def start(self, folder: Path, *, adapted: bool = False) -> str:
         """The first check, right after the first transfer. Returns what to print. Raises CanaryError.
 
-        `folder` holds the weights as a plain model; `adapted` says that the run's adapters are not in them.
+        `folder` holds the weights as a plain model; `adapted` says that the run's adapters are not in them. Every
+        engine is compared with the actor; the plain model reads the first one's answer, on the CPU where the GPU is
+        full, and the line says where.
         """
         answers = self._answers()
         engine, actor = answers[0].log_probs, self._actor(answers[0])
-        plain = self._plain(folder, answers[0], "fp32")
+        plain, where = self._plain(folder, answers[0], "fp32")
+        places = [f"plain fp32 on {where}"]
         if self.device == "cuda":
-            rounded = self._plain(folder, answers[0], "bf16")
+            rounded, where = self._plain(folder, answers[0], "bf16")
+            places.append(f"plain bf16 on {where}")
             self._yardstick = Apart.of(rounded, plain)
-        lines = [f"engine to actor {Apart.of(engine, actor)}"]
+        lines = [f"engine to actor {self._judge(answers, 'at the start')}"]
         if not adapted:
             lines.append(f"engine to plain fp32 {Apart.of(engine, plain)}")
             lines.append(f"actor to plain fp32 {Apart.of(actor, plain)}")
         if self._yardstick is not None:
             lines.append(f"plain bf16 to plain fp32 {self._yardstick}")
-        self._judge(answers, "at the start")
         what = f"{self.prompt.uid}, {len(self.prompt.image_keys)} plot(s), {len(engine)} tokens"
-        return f"canary ({what}): {'; '.join(lines)}"
+        return f"canary ({what}, {len(answers)} engine(s), {', '.join(places)}): {'; '.join(lines)}"
 
     def check(self, step: int) -> dict[str, float]:
         """After a later transfer; metrics. Raises CanaryError."""
@@ -69,18 +72,18 @@ class Canary:
         sample = TrainSample(0, answer.token_ids, np.ones(len(answer.token_ids), np.float32))
         return self.actors.log_probs([TrainGroup(self.prompt, (sample,))], reference=False)[0]
 
-    def _plain(self, folder: Path, answer: Response, dtype: str) -> LogProbs:
+    def _plain(self, folder: Path, answer: Response, dtype: str) -> tuple[LogProbs, str]:
         temperature = self.sampling.temperature
         return self.rollouts.plain_log_probs(
             folder, self.prompt, answer.token_ids, dtype=dtype, temperature=temperature
         )
 
     def _judge(self, answers: Sequence[Response], when: str) -> Apart:
-        """Of all engines; the largest distance."""
+        """Of all engines; the largest distances."""
         found = []
         for engine, answer in enumerate(answers):
             found.append(Apart.of(answer.log_probs, self._actor(answer)))
             warning = judge(found[-1], self._yardstick, f"{when}, engine {engine}")
             if warning is not None:
                 log.warning("%s", warning)
-        return max(found, key=lambda apart: apart.mean)
+        return Apart.worst_of(found)

@@ -175,8 +175,8 @@ class Rollouts:
 
     def plain_log_probs(
         self, folder: Path, prompt: Prompt, answer: TokenIds, *, dtype: str, temperature: float
-    ) -> LogProbs:
-        """Of `answer` by the plain model in `folder`; `dtype` is fp32 or bf16."""
+    ) -> tuple[LogProbs, str]:
+        """Of `answer` by the plain model in `folder`, and the device it ran on; `dtype` is fp32 or bf16."""
         call = self.group.submit(0, "plain_log_probs", folder, prompt, answer, dtype, temperature)
         return self.group.gather([call])[0]
 

@@ -43,6 +43,11 @@ class Apart:
         difference = np.abs(one.astype(np.float64) - other.astype(np.float64))
         return cls(float(difference.max()), float(difference.mean()))
 
+    @classmethod
+    def worst_of(cls, parts: Sequence[Apart]) -> Apart:
+        """The largest of each distance, whichever engine it is of."""
+        return cls(max(part.worst for part in parts), max(part.mean for part in parts))
+
     def __str__(self) -> str:
         return f"worst {self.worst:.2g}, mean {self.mean:.2g}"
 

@@ -103,12 +103,14 @@ class RolloutWorker:
 
     def plain_log_probs(
         self, folder: Path, prompt: Prompt, answer: TokenIds, dtype: str, temperature: float
-    ) -> LogProbs:
-        """Of `answer` by the plain model in `folder`, on this rank's GPU where it has room, else on the CPU."""
+    ) -> tuple[LogProbs, str]:
+        """Of `answer` by the plain model in `folder`, on this rank's GPU where it has room, else on the CPU; and where
+        it was."""
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         vocabulary = model_config(folder, self.overrides).text_config.vocab_size
         needed = 1.5 * sum(math.prod(shape) for shape in self.shapes.values()) * kind.itemsize
         has_room = self.device == "cuda" and torch.cuda.mem_get_info()[0] > needed
+        device = "cuda" if has_room else "cpu"
         found = plain_log_probs(
             folder,
             prompt,
@@ -117,12 +119,12 @@ class RolloutWorker:
             banned=banned_ids(folder, self.tokenizer, vocabulary),
             temperature=temperature,
             dtype=kind,
-            device="cuda" if has_room else "cpu",
+            device=device,
             overrides=self.overrides,
         )
         if has_room:
             torch.cuda.empty_cache()  # the engine shares the GPU with an actor, which needs what this model took
-        return found
+        return found, device
 
     def sleep(self, level: int) -> None:
         self.engine.sleep(level)
