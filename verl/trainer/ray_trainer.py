@@ -157,13 +157,23 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
         self._sync()
-        if config.actor_rollout_ref.rollout.name != "hf":  # hf runs the actor's own code
-            actors, rollouts, device = self.workers.actors, self.workers.rollouts, self.workers.device
-            self.canary = Canary(actors, rollouts, self.data.train.prompts, self.sampling, device=device)
-            model = config.actor_rollout_ref.model
-            print(self.canary.start(checkpoint.huggingface if checkpoint else check_model_folder(model.path),
-                                    adapted=checkpoint is None and model.lora_adapter_path is not None),
-                  flush=True)  # fmt: skip
+        self._start_canary(self.data.train.prompts)
+
+    def _start_canary(self, prompts: Sequence[Prompt]) -> None:
+        """After the first transfer. An engine that runs the actor's own code (hf) needs none."""
+        workers, node, checkpoint = self.workers, self.config.actor_rollout_ref, self.checkpoint
+        if node.rollout.name == "hf":
+            return
+        # Not the sampling of validation: the actor's log-probs are at the temperature of training.
+        sampling = self._sampling(validation=False)
+        if sampling.greedy:
+            log.warning("no canary: actor_rollout_ref.rollout has temperature=0 or do_sample=False, and greedy answers "
+                        "have no distribution of the actor to be compared with")  # fmt: skip
+            return
+        self.canary = Canary(workers.actors, workers.rollouts, prompts, sampling, device=workers.device)
+        adapted = checkpoint is None and node.model.lora_adapter_path is not None
+        folder = checkpoint.huggingface if checkpoint else check_model_folder(node.model.path)
+        print(self.canary.start(folder, adapted=adapted), flush=True)
 
     def _train_prompts(self) -> list[Prompt]:
         assert self.data.train is not None
@@ -216,6 +226,7 @@ class Trainer:
             self.weights_from += f" and the adapter {adapter}"
         if merges:
             self._sync()
+            self._start_canary(self.data.validation.prompts)
         metrics = self._validate()
         self.tracker.log(self.step, metrics)
         accuracy = metrics.get(ACCURACY, float("nan"))

@@ -53,6 +53,19 @@ def test_after_every_transfer_the_engines_log_probs_are_the_actors(run: Run) -> 
     assert run.steps[1]["actor/grad_norm"] > 0, "nothing was learned, so nothing was transferred"
 
 
+def test_an_evaluation_of_a_checkpoint_compares_engine_and_actor_before_it_answers(
+    run: Run, work: Path, data: Data, model: Path, launcher: Launcher
+) -> None:
+    folder = work / "vllm_evaluated"
+    named = ("trainer.resume_mode=resume_path", f"trainer.resume_from_path={run.checkpoint(2)}")
+    overrides = rl_overrides(data, model, folder, *VLLM, "trainer.val_only=True", *named)
+    done = launcher.run("main_ppo", overrides, folder, PYTHONPATH=vllm_path()).ok()
+    line = next(line for line in done.out.splitlines() if line.startswith("canary ("))
+    found = dict(re.findall(r"(engine to actor|engine to plain fp32) worst (\S+), mean", line))
+    assert len(found) == 2 and all(float(worst) <= 1e-3 for worst in found.values()), line
+    assert done.out.index("canary (") < done.out.index("validation: accuracy")
+
+
 def test_a_killed_engine_ends_the_run_with_its_rank_and_phase_and_leaves_a_loadable_checkpoint(
     work: Path, data: Data, model: Path, launcher: Launcher
 ) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from verl.config import load
 from verl.protocol import LogProbs, Prompt, Response, StopReason, TrainGroup
 from verl.trainer.ppo.canary import Canary
+from verl.trainer.ray_trainer import Trainer
 from verl.workers.rollout.base import Sampling
 from verl.workers.rollout.canary import CanaryError
 
@@ -121,3 +124,17 @@ def test_a_suspicious_distance_is_a_warning(caplog: pytest.LogCaptureFixture) ->
 
 def test_adapters_are_not_in_the_plain_model_so_only_engine_and_actor_are_compared() -> None:
     assert "to plain fp32" not in canary(Engines(NONE)).start(NOWHERE, adapted=True)
+
+
+@pytest.mark.parametrize(("name", "warned"), [("vllm", True), ("hf", False)])
+def test_an_evaluation_without_a_distribution_to_compare_says_that_it_has_no_canary(
+    name: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    rollout = "actor_rollout_ref.rollout"
+    trainer = Trainer.__new__(Trainer)
+    trainer.config = load(
+        "ppo_trainer", ["trainer.val_only=True", f"{rollout}.name={name}", f"{rollout}.temperature=0"]
+    )
+    trainer.workers, trainer.checkpoint, trainer.canary = SimpleNamespace(), None, None  # type: ignore[assignment]
+    trainer._start_canary(PROMPTS)
+    assert trainer.canary is None and ("no canary: " in caplog.text) is warned

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from verl.config import PPOConfig, token_budgets
-from verl.config.derived import uses_adapters
+from verl.config.derived import sequence_limit, uses_adapters
 from verl.models.policy import check_model_folder, model_config
 from verl.models.sizes import ModelSizes
 from verl.models.trained import TrainedParts
@@ -43,6 +43,7 @@ class Actors:
         self.balanced = config.trainer.balance_batch
         # A run that only validates needs no budgets, and need not set their keys.
         self.budgets = None if config.trainer.val_only else token_budgets(config)
+        self.longest = sequence_limit(config)
         self.loads: list[int] = []
         """Tokens that each rank met in the last update."""
         self.meter: FlopMeter | None = None
@@ -72,8 +73,9 @@ class Actors:
         """Log-probs of every answer by sample index, of the present policy or of the reference."""
         if not groups:
             return {}
-        assert self.budgets is not None, "a run that only validates computes no log-probs"
-        budget = self.budgets.ref_log_prob if reference else self.budgets.old_log_prob
+        budget: int | None = self.longest  # an evaluation asks for those of the canary, one answer at a time
+        if self.budgets is not None:
+            budget = self.budgets.ref_log_prob if reference else self.budgets.old_log_prob
         assert budget is not None, "no KL term asks for a reference"
         plan = self._plan(groups, budget)
         if self.meter is not None:
