@@ -66,6 +66,19 @@ def test_an_evaluation_of_a_checkpoint_compares_engine_and_actor_before_it_answe
     assert done.out.index("canary (") < done.out.index("validation: accuracy")
 
 
+def test_an_argument_that_vllm_does_not_have_ends_the_run_at_its_start_with_rank_and_phase(
+    work: Path, data: Data, model: Path, launcher: Launcher
+) -> None:
+    folder = work / "vllm_nonsense"
+    nonsense = "+actor_rollout_ref.rollout.engine_kwargs.vllm.nonsense=1"
+    overrides = rl_overrides(data, model, folder, *VLLM, nonsense)
+    ended = launcher.run("main_ppo", overrides, folder, PYTHONPATH=vllm_path())
+    said = ended.out + ended.err
+    assert ended.code != 0, said[-3000:]
+    assert re.search(r"rollout rank 0, phase 'start': ValueError", said), said[-3000:]
+    assert "engine_kwargs.vllm.nonsense: vLLM" in said and "has no such engine argument" in said, said[-3000:]
+
+
 def test_a_killed_engine_ends_the_run_with_its_rank_and_phase_and_leaves_a_loadable_checkpoint(
     work: Path, data: Data, model: Path, launcher: Launcher
 ) -> None:
