@@ -149,7 +149,11 @@ class Trainer:
         self._open_run(checkpoint.step if checkpoint else 0)
         self.checkpoints.begin(checkpoint)
         self.workers = start_workers(
-            config, self.data.stores, self.plan.optimizer_steps, self.scorer.manager, prompts=self._train_prompts()
+            self.data.counted(config),
+            self.data.stores,
+            self.plan.optimizer_steps,
+            self.scorer.manager,
+            prompts=self._train_prompts(),
         )
         self.scorer.pool = self.workers.rewards
         print(f"rollout: {config.actor_rollout_ref.rollout.name} on {self.workers.device}; weights from "
@@ -217,7 +221,8 @@ class Trainer:
         checkpoint, adapter = self.checkpoint, self.config.actor_rollout_ref.model.lora_adapter_path
         self._open_run(0)
         merges = checkpoint is not None or adapter is not None  # an actor holds what the engine is sent
-        self.workers = start_workers(self.config, self.data.stores, 1, self.scorer.manager, actors=merges)
+        config = self.data.counted(self.config)
+        self.workers = start_workers(config, self.data.stores, 1, self.scorer.manager, actors=merges)
         self.scorer.pool = self.workers.rewards
         if checkpoint is not None:
             self.workers.actors.load(checkpoint)

@@ -119,6 +119,15 @@ def test_sampler_and_actor_are_compared_before_the_first_update_of_every_step_in
         assert row["training/rollout_actor_probs_pearson_corr"] == pytest.approx(1.0, abs=1e-4)
 
 
+# --- what workers are told -------------------------------------------------------------------------------------
+
+
+def test_workers_know_how_many_rows_a_validation_answers_at_a_time(rl: RunRL) -> None:
+    run = rl("trainer.test_freq=1").ok()
+    assert "0 of 8 rows" not in run.out and "of 8 rows" in run.out
+    assert run.extra["workers"]["actor"].config.data.val_batch_size == 8
+
+
 # --- scores ------------------------------------------------------------------------------------------------------
 
 FAILING = """

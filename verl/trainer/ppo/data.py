@@ -33,6 +33,20 @@ class RunData:
         sets = (self.train, self.validation, self.test)
         return tuple(dict.fromkeys(s.images.path for s in sets if s is not None and s.images is not None))
 
+    def counted(self, config: PPOConfig) -> PPOConfig:
+        """The config with `data.val_batch_size` as a number where anything is validated.
+
+        Null is all rows: an engine prepares for as many answers at a time, and workers have no rows to count.
+        """
+        trainer = config.trainer
+        validates = trainer.val_only or trainer.val_before_train or trainer.test_freq > 0
+        rows = [len(self.validation)] if validates else []
+        if self.test is not None and not trainer.val_only:
+            rows.append(len(self.test))
+        if config.data.val_batch_size is not None or not rows:
+            return config
+        return replace(config, data=replace(config.data, val_batch_size=max(rows)))
+
 
 def load_run_data(config: PPOConfig) -> RunData:
     """Read all files. Raises ValueError naming file and row, or the key to change."""

@@ -26,7 +26,7 @@ from verl.workers.rollout.base import Sampling
 MAX_LISTED_IDS = 1024
 """Most ids that one request may ban or allow (vLLM's V2 model runner holds a table of that width)."""
 _BAN = -100.0  # the lowest bias that vLLM takes
-_UNKNOWN_BATCH = 256  # answers at a time of a run that only validates, in one batch of all its rows
+_UNKNOWN_BATCH = 256  # answers at a time of a program that knows neither batch (main_generation)
 
 
 def engine_arguments(
@@ -95,7 +95,7 @@ def tensor_parallel(size: int, device: str) -> dict[str, Any]:
 
 
 def decoded_together(config: PPOConfig, engines: int) -> int:
-    """Most answers that one of `engines` decodes at a time."""
+    """Most answers that one of `engines` decodes at a time; the driver counts a validation in one batch of all rows."""
     rollout, data, trainer = config.actor_rollout_ref.rollout, config.data, config.trainer
     training = 0 if trainer.val_only else data.train_batch_size * rollout.n
     validation = (data.val_batch_size or 0) * rollout.val_kwargs.n
