@@ -2,9 +2,11 @@
 
 Every run makes a random Qwen2.5-VL of a few million parameters, trains it on the supervised answers for a fixed number
 of steps (with `--stop-parse-failure 0.02`: until fewer than 2 % of its validation answers are malformed, a rule that
-does not look at accuracy), and goes on with GRPO. Limits of prompts and answers follow from the data. Reported are the
-test accuracy and macro-F1 before and after GRPO, and whether the training reward rose: mean of the last ten
-steps minus the first ten, in standard errors over the seeds. `curves/learning.json` holds every step's mean reward.
+does not look at accuracy), and goes on with GRPO. With `--sft-share 0.25` SFT is a cold start on a quarter of the rows,
+while GRPO sees them all: a label costs less than a written answer. Limits of prompts and answers follow from the data.
+Reported are the test accuracy and macro-F1 before and after GRPO, and whether the training reward rose: mean of the
+last ten steps minus the first ten, in standard errors of the steps. `curves/learning.json` holds every step's mean
+reward.
 
     python3 benchmarks/learning.py --tasks ctu har --seeds 1 2 3 --engine hf --jobs 6
     python3 benchmarks/learning.py --tasks basic_motions --engine hf vllm      # and McNemar's test between the two
@@ -16,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -24,146 +25,18 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import rows
+from recipe import STARTS, Limits, Recipe, Run, rl_command, sft_command
 from scipy.stats import binomtest
 from stored import stored
-from transformers import AutoTokenizer
 
 from verl.timeseries.tasks import get_task
-from verl.utils.dataset.images import ImageSpec
-from verl.utils.dataset.rl_dataset import DatasetOptions, load_rl_dataset, load_sft_dataset
-from verl.utils.dataset.rows import Columns
 
 _EDGE = 10  # steps at each end of the reward curve that are compared
-
-
-STARTS = {"plots": (["--for-plots"], "5e-4"), "library": ([], "1e-3")}
-"""How the random model is made (arguments of verl.models.tiny), and the learning rate of SFT that goes with it."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What all runs share."""
-
-    folder: Path
-    data: Path
-    hidden: int
-    layers: int
-    modality: str
-    sft_steps: int
-    sft_batch: int
-    rl_steps: int
-    stop_parse_failure: float | None
-    device: str
-    start: str
-    """A key of `STARTS`."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One task, seed and engine."""
-
-    task: str
-    seed: int
-    engine: str
-
-    def folder(self, recipe: Recipe) -> Path:
-        return recipe.folder / f"{self.task}_{recipe.modality}_{self.engine}_seed{self.seed}"
-
-
-def _sampling(prefix: str) -> list[str]:
-    """Validation and test answers of both stages are drawn alike: greedy, so that rows can be compared."""
-    return [f"{prefix}.temperature=0.0", f"{prefix}.do_sample=False", f"{prefix}.n=1"]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Tokens that prompts and answers may have."""
-
-    prompt: int
-    response: int
-
-    @classmethod
-    def of(cls, model: Path, data: Path) -> Limits:
-        """The longest prompt, and the longest supervised answer with a quarter more, in steps of 32."""
-        tokenizer, spec = AutoTokenizer.from_pretrained(model), ImageSpec.from_pretrained(model)
-        taught = DatasetOptions(columns=Columns(response="response"))
-        examples = load_sft_dataset([data / f"sft_{name}.parquet" for name in ("fit", "val")], tokenizer, spec, taught)
-        tested = load_rl_dataset(data / "test.parquet", tokenizer, spec, DatasetOptions())
-        prompts = [*(example.prompt for example in examples), *tested]
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        answer = max(len(example.response_ids) for example in examples)
-        return cls(32 * math.ceil(longest / 32), 32 * math.ceil(1.25 * answer / 32))
-
-
-def sft_command(run: Run, recipe: Recipe, limits: Limits) -> list[str]:
-    folder, data = run.folder(recipe), recipe.data / f"{run.task}_{recipe.modality}"
-    return [
-        *(sys.executable, "-m", "verl.trainer.sft_trainer"),
-        f"data.train_files={data}/sft_fit.parquet",
-        f"data.val_files={data}/sft_val.parquet",
-        f"data.test_files={data}/test.parquet",
-        *(f"data.train_batch_size={recipe.sft_batch}", f"data.micro_batch_size_per_gpu={recipe.sft_batch}"),
-        f"data.max_length={limits.prompt + limits.response}",
-        f"data.max_prompt_length={limits.prompt}",
-        f"data.max_response_length={limits.response}",
-        f"model.partial_pretrain={folder}/tiny",
-        "model.enable_gradient_checkpointing=False",
-        *(f"optim.lr={STARTS[recipe.start][1]}", "optim.warmup_steps_ratio=0.02"),
-        f"optim.lr_scheduler={'cosine' if recipe.stop_parse_failure is None else 'constant'}",
-        *_sampling("rollout"),
-        *("rollout.hf_batch_size=512", "reward.format=strict"),
-        f"trainer.stop_parse_failure={'null' if recipe.stop_parse_failure is None else recipe.stop_parse_failure}",
-        f"trainer.total_training_steps={recipe.sft_steps}",
-        f"trainer.test_freq={-1 if recipe.stop_parse_failure is None else 50}",
-        *("trainer.save_freq=-1", "trainer.resume_mode=disable"),
-        f"trainer.seed={run.seed}",
-        f"trainer.device={recipe.device}",
-        f"trainer.default_local_dir={folder}/sft",
-    ]
-
-
-def rl_command(run: Run, recipe: Recipe, limits: Limits) -> list[str]:
-    folder, data = run.folder(recipe), recipe.data / f"{run.task}_{recipe.modality}"
-    start = folder / "sft" / f"global_step_{(folder / 'sft' / 'latest_checkpointed_iteration.txt').read_text().strip()}"
-    arl, actor = "actor_rollout_ref", "actor_rollout_ref.actor"
-    rollout = [f"{arl}.rollout.name={run.engine}", f"{arl}.rollout.n=8", f"{arl}.rollout.temperature=0.7"]
-    if run.engine == "vllm":
-        rollout += [f"{arl}.rollout.gpu_memory_utilization=0.08", f"{arl}.rollout.enforce_eager=True"]
-        # Told, not measured: what other runs on the GPU take and free meanwhile would disturb the measurement.
-        rollout += [f"+{arl}.rollout.engine_kwargs.vllm.kv_cache_memory_bytes={2 << 30}"]
-    else:
-        rollout += [f"{arl}.rollout.hf_batch_size=512"]
-    return [
-        *(sys.executable, "-m", "verl.trainer.main_ppo"),
-        f"data.train_files={data}/fit.parquet",
-        f"data.val_files={data}/val.parquet",
-        f"data.test_files={data}/test.parquet",
-        "data.train_batch_size=32",
-        f"data.max_prompt_length={limits.prompt}",
-        f"data.max_response_length={limits.response}",
-        f"{arl}.model.path={start}/actor/huggingface",
-        f"{arl}.model.enable_gradient_checkpointing=False",
-        *(f"{actor}.ppo_mini_batch_size=16", f"{actor}.ppo_micro_batch_size_per_gpu=128"),
-        *(f"{actor}.clip_ratio_high=0.28", f"{actor}.optim.lr=3e-4", f"{actor}.optim.betas=[0.9,0.95]"),
-        *(f"{actor}.optim.lr_warmup_steps=5", f"{actor}.optim.warmup_style=cosine"),
-        *(f"{actor}.optim.min_lr_ratio=0.05", f"{actor}.use_kl_loss=True", f"{actor}.kl_loss_coef=0.3"),
-        f"{arl}.ref.log_prob_micro_batch_size_per_gpu=256",
-        f"{arl}.rollout.log_prob_micro_batch_size_per_gpu=256",
-        *rollout,
-        *_sampling(f"{arl}.rollout.val_kwargs"),
-        *("reward.format=strict", "reward.num_workers=1", "trainer.n_gpus_per_node=1"),
-        f"trainer.total_training_steps={recipe.rl_steps}",
-        *("trainer.total_epochs=100000", "trainer.val_before_train=False", "trainer.test_freq=-1"),
-        *("trainer.save_freq=100000", "trainer.keep_best=False", "trainer.logger=[console]"),
-        *("trainer.resume_mode=disable", f"trainer.seed={run.seed}", f"trainer.device={recipe.device}"),
-        f"trainer.validation_data_dir={folder}/rl/validation",
-        f"trainer.default_local_dir={folder}/rl",
-    ]
 
 
 def _call(command: Sequence[str], log: Path) -> None:
@@ -337,26 +210,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--sft-steps", type=int, default=1000)
     parser.add_argument("--sft-batch", type=int, default=16)
+    parser.add_argument("--sft-share", type=float, default=1.0, help="of the supervised rows; GRPO sees all")
     parser.add_argument("--stop-parse-failure", type=float, help="end SFT sooner, at this share of malformed answers")
     parser.add_argument("--rl-steps", type=int, default=60)
+    parser.add_argument("--rl-batch", type=int, default=32, help="prompts a step; two optimizer steps, 8 answers each")
     parser.add_argument("--start", choices=STARTS, default="plots", help="the random model's weights and image scale")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--append", action="store_true", help="keep the rows of other tasks and engines")
     args = parser.parse_args()
     for task in args.tasks:
         get_task(task)
-    shared = (
-        "data",
-        "modality",
-        "hidden",
-        "layers",
-        "sft_steps",
-        "sft_batch",
-        "rl_steps",
-        "stop_parse_failure",
-        "device",
-        "start",
-    )
+    shared = [field.name for field in fields(Recipe) if field.name != "folder"]
     recipe = Recipe(folder=args.folder.resolve(), **{name: getattr(args, name) for name in shared})
     runs = [Run(task, seed, engine) for seed in args.seeds for task in args.tasks for engine in args.engine]
     failed: list[str] = []

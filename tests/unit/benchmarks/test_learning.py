@@ -43,3 +43,21 @@ def test_the_gain_of_a_flat_curve_is_none_and_of_a_rising_one_many_errors(learni
     assert learning.reward_gain([noise])[0] == pytest.approx(0.0)
     gain, error = learning.reward_gain([[0.02 * step + noise[step] for step in range(40)]] * 3)
     assert gain == pytest.approx(0.6) and gain > 3 * error
+
+
+def test_a_cold_start_has_its_share_of_every_label_and_the_same_rows_for_a_seed(learning: Any, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from recipe import cold_start
+
+    labels = ["walk"] * 40 + ["run"] * 12 + ["rest"] * 2
+    rows = [{"reward_model": {"ground_truth": label}, "number": number} for number, label in enumerate(labels)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "sft_fit.parquet")
+    assert cold_start(tmp_path, 1.0, 1, tmp_path / "unused") == tmp_path / "sft_fit.parquet"
+
+    def kept(seed: int) -> list[dict[str, Any]]:
+        return pq.read_table(cold_start(tmp_path, 0.25, seed, tmp_path / f"{seed}.parquet")).to_pylist()
+
+    found = [row["reward_model"]["ground_truth"] for row in kept(1)]
+    assert (found.count("walk"), found.count("run"), found.count("rest")) == (10, 3, 1)
+    assert kept(1) == kept(1) != kept(2)
