@@ -31,6 +31,8 @@ COMMON = (
     f"{ROLLOUT}.name=vllm",
     f"{ROLLOUT}.gpu_memory_utilization=0.2",
     f"{ROLLOUT}.max_num_seqs=64",
+    # told, not measured: the three may run side by side
+    f"+{ROLLOUT}.engine_kwargs.vllm.kv_cache_memory_bytes={2 << 30}",
     "actor_rollout_ref.actor.entropy_coeff=0.5",  # so that weights move whatever the scores
     "actor_rollout_ref.actor.fsdp_config.reshard_after_forward=True",
     "trainer.device=cuda",
