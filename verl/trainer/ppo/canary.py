@@ -42,14 +42,15 @@ class Canary:
         full, and the line says where.
         """
         answers = self._answers()
-        engine, actor = answers[0].log_probs, self._actor(answers[0])
+        actors = [self._actor(answer) for answer in answers]
+        engine, actor = answers[0].log_probs, actors[0]
         plain, where = self._plain(folder, answers[0], "fp32")
         places = [f"plain fp32 on {where}"]
         if self.device == "cuda":
             rounded, where = self._plain(folder, answers[0], "bf16")
             places.append(f"plain bf16 on {where}")
             self._yardstick = Apart.of(rounded, plain)
-        lines = [f"engine to actor {self._judge(answers, 'at the start')}"]
+        lines = [f"engine to actor {self._judge(answers, actors, 'at the start')}"]
         if not adapted:
             lines.append(f"engine to plain fp32 {Apart.of(engine, plain)}")
             lines.append(f"actor to plain fp32 {Apart.of(actor, plain)}")
@@ -60,7 +61,8 @@ class Canary:
 
     def check(self, step: int) -> dict[str, float]:
         """After a later transfer; metrics. Raises CanaryError."""
-        worst = self._judge(self._answers(), f"at step {step}")
+        answers = self._answers()
+        worst = self._judge(answers, [self._actor(answer) for answer in answers], f"at step {step}")
         return {"canary/logprob_diff_max": worst.worst, "canary/logprob_diff_mean": worst.mean}
 
     def _answers(self) -> list[Response]:
@@ -78,12 +80,11 @@ class Canary:
             folder, self.prompt, answer.token_ids, dtype=dtype, temperature=temperature
         )
 
-    def _judge(self, answers: Sequence[Response], when: str) -> Apart:
-        """Of all engines; the largest distances."""
-        found = []
-        for engine, answer in enumerate(answers):
-            found.append(Apart.of(answer.log_probs, self._actor(answer)))
-            warning = judge(found[-1], self._yardstick, f"{when}, engine {engine}")
+    def _judge(self, answers: Sequence[Response], actors: Sequence[LogProbs], when: str) -> Apart:
+        """The largest distances of all engines' answers to the actor's log-probs of the same tokens."""
+        found = [Apart.of(answer.log_probs, actor) for answer, actor in zip(answers, actors, strict=True)]
+        for engine, apart in enumerate(found):
+            warning = judge(apart, self._yardstick, f"{when}, engine {engine}")
             if warning is not None:
                 log.warning("%s", warning)
         return Apart.worst_of(found)
