@@ -117,9 +117,8 @@ def checkpointed_stats(
 @contextlib.contextmanager
 def _head_on_all_tokens(policy: Policy) -> Iterator[None]:
     """Logits of the prompts and of every answer's last token too, as a plain trainer computes them."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_swapped(verl.models.policy, "gather_rows", _rows_and_all))
-        stack.enter_context(_swapped(verl.models.policy, "response_stats", _stats_of_first))
+    module = verl.models.policy
+    with _swapped(module, "gather_rows", _rows_and_all), _swapped(module, "response_stats", _stats_of_first):
         yield
 
 
@@ -171,14 +170,14 @@ def _blocks_compiled(policy: Policy) -> Iterator[None]:
     """torch.compile of every text block in the library's arithmetic, in place of our own kernels."""
     _as_in_library(policy.hf.model.language_model, layers.FusedRMSNorm, layers.GatedMLP)
     torch._dynamo.reset()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_library_rotary(policy))
-        # the number of a layer is no reason to compile it again
-        stack.enter_context(torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True))
+    # the number of a layer is no reason to compile it again
+    with _library_rotary(policy), torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
         for block in policy.hf.model.language_model.layers:
             block.compile(dynamic=True)
-        yield
-    torch._dynamo.reset()
+        try:
+            yield
+        finally:
+            torch._dynamo.reset()
 
 
 SWITCHES: dict[str, Switch] = {
