@@ -26,6 +26,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def mcnemar(one: dict[str, bool], other: dict[str, bool]) -> tuple[int, int, flo
 
 
 def _rows(workload: str, found: dict[int, dict[str, Any]], parameters: int) -> list[rows.BenchmarkRow]:
+    row = partial(rows.BenchmarkRow, workload=workload, parameters=parameters)
     n = next(iter(found.values()))["n"]
     made = []
     for name in ("majority", "sft_acc", "rl_acc", "sft_f1", "rl_f1"):
@@ -144,42 +146,16 @@ def _rows(workload: str, found: dict[int, dict[str, Any]], parameters: int) -> l
         each = ", ".join(f"{seed}: {value:.3f}" for seed, value in values.items())
         spread = f"; standard deviation over seeds {statistics.stdev(values.values()):.3f}" if len(values) > 1 else ""
         error = f"; standard error of one seed's rows {(mean * (1 - mean) / n) ** 0.5:.3f}" if "acc" in name else ""
-        made.append(
-            rows.BenchmarkRow(
-                row=name,
-                workload=workload,
-                value=mean,
-                unit="macro-F1" if "f1" in name else "accuracy",
-                parameters=parameters,
-                samples=n,
-                mode=f"seeds {each}{spread}{error}",
-            )
-        )
+        unit = "macro-F1" if "f1" in name else "accuracy"
+        made.append(row(row=name, value=mean, unit=unit, samples=n, mode=f"seeds {each}{spread}{error}"))
     tokens = statistics.mean(f["prompt_tokens"] for f in found.values())
-    made.append(
-        rows.BenchmarkRow(
-            row="prompt_tokens",
-            workload=workload,
-            value=tokens,
-            unit="tokens",
-            mode="mean over the prompts of GRPO, picture and text, with the tokenizer trained on the task's texts",
-        )
-    )
+    mode = "mean over the prompts of GRPO, picture and text, with the tokenizer trained on the task's texts"
+    made.append(row(row="prompt_tokens", value=tokens, unit="tokens", mode=mode))
     gain, error = reward_gain([f["rewards"] for f in found.values()])
     steps, seconds = len(next(iter(found.values()))["rewards"]), [f["step_seconds"] for f in found.values()]
-    made.append(
-        rows.BenchmarkRow(
-            row="reward_gain",
-            workload=workload,
-            value=gain,
-            unit="reward",
-            parameters=parameters,
-            samples=steps,
-            ratio=gain / error if error else None,
-            ratio_to="standard errors" if error else None,
-            mode=f"last {_EDGE} of {steps} steps minus first {_EDGE}; median step {statistics.median(seconds):.2f} s",
-        )
-    )
+    mode = f"last {_EDGE} of {steps} steps minus first {_EDGE}; median step {statistics.median(seconds):.2f} s"
+    ratio = {"ratio": gain / error, "ratio_to": "standard errors"} if error else {}
+    made.append(row(row="reward_gain", value=gain, unit="reward", samples=steps, mode=mode, **ratio))
     return made
 
 

@@ -61,3 +61,15 @@ def test_a_cold_start_has_its_share_of_every_label_and_the_same_rows_for_a_seed(
     found = [row["reward_model"]["ground_truth"] for row in kept(1)]
     assert (found.count("walk"), found.count("run"), found.count("rest")) == (10, 3, 1)
     assert kept(1) == kept(1) != kept(2)
+
+
+def test_rows_of_a_task_have_means_over_seeds_and_the_gain_in_errors(learning: Any) -> None:
+    curve = [0.1 + 0.01 * (step % 2) + 0.02 * step for step in range(20)]
+    one = {"n": 50, "majority": 0.5, "sft_acc": 0.6, "rl_acc": 0.7, "sft_f1": 0.5, "rl_f1": 0.6, "prompt_tokens": 300.0}
+    found = {1: one | {"rewards": curve, "step_seconds": 2.0}}
+    found[2] = found[1] | {"rl_acc": 0.9, "prompt_tokens": 302.0}
+    made = {row.row: row for row in learning._rows("ctu (image)", found, 7)}
+    assert made["rl_acc"].value == pytest.approx(0.8) and made["rl_acc"].mode.startswith("seeds 1: 0.700, 2: 0.900")
+    assert (made["prompt_tokens"].value, made["prompt_tokens"].unit) == (301.0, "tokens")
+    assert made["reward_gain"].value == pytest.approx(0.2) and made["reward_gain"].ratio_to == "standard errors"
+    assert {row.workload for row in made.values()} == {"ctu (image)"} and made["sft_f1"].unit == "macro-F1"
