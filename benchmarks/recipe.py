@@ -109,7 +109,7 @@ def sft_command(run: Run, recipe: Recipe, limits: Limits) -> list[str]:
         *(f"optim.lr={STARTS[recipe.start][1]}", "optim.warmup_steps_ratio=0.02"),
         f"optim.lr_scheduler={'cosine' if recipe.stop_parse_failure is None else 'constant'}",
         *_sampling("rollout"),
-        *("rollout.hf_batch_size=512", "reward.format=strict"),
+        *("rollout.hf_batch_size=1024", "reward.format=strict"),
         f"trainer.stop_parse_failure={'null' if recipe.stop_parse_failure is None else recipe.stop_parse_failure}",
         f"trainer.total_training_steps={recipe.sft_steps}",
         f"trainer.test_freq={-1 if recipe.stop_parse_failure is None else 50}",
@@ -130,7 +130,7 @@ def rl_command(run: Run, recipe: Recipe, limits: Limits) -> list[str]:
         # Told, not measured: what other runs on the GPU take and free meanwhile would disturb the measurement.
         rollout += [f"+{arl}.rollout.engine_kwargs.vllm.kv_cache_memory_bytes={2 << 30}"]
     else:
-        rollout += [f"{arl}.rollout.hf_batch_size=512"]
+        rollout += [f"{arl}.rollout.hf_batch_size=1024"]
     return [
         *(sys.executable, "-m", "verl.trainer.main_ppo"),
         f"data.train_files={data}/fit.parquet",
@@ -144,7 +144,7 @@ def rl_command(run: Run, recipe: Recipe, limits: Limits) -> list[str]:
         *(f"{actor}.ppo_mini_batch_size={recipe.rl_batch // 2}", f"{actor}.ppo_micro_batch_size_per_gpu=128"),
         *(f"{actor}.clip_ratio_high=0.28", f"{actor}.optim.lr=3e-4", f"{actor}.optim.betas=[0.9,0.95]"),
         *(f"{actor}.optim.lr_warmup_steps=5", f"{actor}.optim.warmup_style=cosine"),
-        *(f"{actor}.optim.min_lr_ratio=0.05", f"{actor}.use_kl_loss=True", f"{actor}.kl_loss_coef=0.3"),
+        *(f"{actor}.optim.min_lr_ratio=0.05", f"{actor}.use_kl_loss=True", f"{actor}.kl_loss_coef=0.1"),
         f"{arl}.ref.log_prob_micro_batch_size_per_gpu=256",
         f"{arl}.rollout.log_prob_micro_batch_size_per_gpu=256",
         *rollout,
