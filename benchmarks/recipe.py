@@ -34,6 +34,7 @@ class Recipe:
     sft_batch: int
     rl_steps: int
     rl_batch: int
+    """Prompts of a step; fewer where there are fewer rows."""
     stop_parse_failure: float | None
     device: str
     start: str
@@ -122,6 +123,8 @@ def sft_command(run: Run, recipe: Recipe, limits: Limits) -> list[str]:
 
 def rl_command(run: Run, recipe: Recipe, limits: Limits) -> list[str]:
     folder, data = run.folder(recipe), recipe.data / f"{run.task}_{recipe.modality}"
+    rows = min(recipe.rl_batch, pq.read_metadata(data / "fit.parquet").num_rows)
+    batch = rows - rows % 2  # two optimizer steps
     start = folder / "sft" / f"global_step_{(folder / 'sft' / 'latest_checkpointed_iteration.txt').read_text().strip()}"
     arl, actor = "actor_rollout_ref", "actor_rollout_ref.actor"
     rollout = [f"{arl}.rollout.name={run.engine}", f"{arl}.rollout.n=8", f"{arl}.rollout.temperature=0.7"]
@@ -136,12 +139,12 @@ def rl_command(run: Run, recipe: Recipe, limits: Limits) -> list[str]:
         f"data.train_files={data}/fit.parquet",
         f"data.val_files={data}/val.parquet",
         f"data.test_files={data}/test.parquet",
-        f"data.train_batch_size={recipe.rl_batch}",
+        f"data.train_batch_size={batch}",
         f"data.max_prompt_length={limits.prompt}",
         f"data.max_response_length={limits.response}",
         f"{arl}.model.path={start}/actor/huggingface",
         f"{arl}.model.enable_gradient_checkpointing=False",
-        *(f"{actor}.ppo_mini_batch_size={recipe.rl_batch // 2}", f"{actor}.ppo_micro_batch_size_per_gpu=128"),
+        *(f"{actor}.ppo_mini_batch_size={batch // 2}", f"{actor}.ppo_micro_batch_size_per_gpu=128"),
         *(f"{actor}.clip_ratio_high=0.28", f"{actor}.optim.lr=3e-4", f"{actor}.optim.betas=[0.9,0.95]"),
         *(f"{actor}.optim.lr_warmup_steps=5", f"{actor}.optim.warmup_style=cosine"),
         *(f"{actor}.optim.min_lr_ratio=0.05", f"{actor}.use_kl_loss=True", f"{actor}.kl_loss_coef=0.1"),

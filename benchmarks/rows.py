@@ -1,11 +1,10 @@
 """Result rows: every benchmark script writes `benchmarks/results/<script>.json` through this module.
 
-`python3 benchmarks/rows.py` prints all results as the markdown tables of the README; with `--write` it puts them there.
+`report.py` makes the tables of the documents from those files.
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib.metadata
 import itertools
@@ -152,25 +151,3 @@ def common_mode(modes: Sequence[str]) -> str:
     columns = zip(*(mode.split("; ") for mode in modes), strict=False)
     common = "; ".join(column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
     return common if len(modes) > 1 and len(common) > 40 else ""
-
-
-_BEGIN, _END = "<!-- benchmarks: made by benchmarks/rows.py -->", "<!-- end of benchmarks -->"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="replace the tables between the marks in README.md")
-    args = parser.parse_args()
-    files = sorted(RESULTS.glob("*.json"))
-    text = "\n\n".join(f"**{file.stem}.** {tables(json.loads(file.read_text()))}" for file in files)
-    if not args.write:
-        print(text)
-        return
-    readme = ROOT / "README.md"
-    head, rest = readme.read_text().split(_BEGIN)
-    _, tail = rest.split(_END)
-    readme.write_text(f"{head}{_BEGIN}\n{text}\n{_END}{tail}")
-
-
-if __name__ == "__main__":
-    main()

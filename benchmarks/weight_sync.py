@@ -155,7 +155,7 @@ def main() -> int:
     parser.add_argument("--transport", choices=("mapped", "broadcast"), default="mapped")
     parser.add_argument("--bucket-megabytes", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=rows.RESULTS, help="folder of the result file")
+    parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of the result file")
     args = parser.parse_args()
     actors, rollouts = start(args, shapes_of(args.model_size), resolve_device(args.device))
     try:
@@ -163,7 +163,7 @@ def main() -> int:
     finally:
         actors.kill()
         rollouts.kill()
-    rows.write("weight_sync" if args.transport == "mapped" else "weight_sync_broadcast", found, folder=args.out)
+    rows.write("weight_sync" if args.transport == "mapped" else "weight_sync_broadcast", found, folder=args.results)
     return 0
 
 

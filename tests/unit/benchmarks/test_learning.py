@@ -73,3 +73,29 @@ def test_rows_of_a_task_have_means_over_seeds_and_the_gain_in_errors(learning: A
     assert (made["prompt_tokens"].value, made["prompt_tokens"].unit) == (301.0, "tokens")
     assert made["reward_gain"].value == pytest.approx(0.2) and made["reward_gain"].ratio_to == "standard errors"
     assert {row.workload for row in made.values()} == {"ctu (image)"} and made["sft_f1"].unit == "macro-F1"
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(500, 128), (57, 56)])
+def test_a_task_with_few_rows_trains_on_all_of_them_in_a_step_of_two_updates(
+    learning: Any, tmp_path: Path, rows: int, batch: int
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from recipe import Limits, Recipe, Run, rl_command
+
+    from verl.config import load
+    from verl.config.plan import batch_plan
+
+    recipe = Recipe(
+        **{"folder": tmp_path, "data": tmp_path, "hidden": 64, "layers": 2, "modality": "image", "sft_share": 1.0},
+        **{"sft_steps": 1, "sft_batch": 8, "rl_steps": 3, "rl_batch": 128, "stop_parse_failure": None},
+        **{"device": "cpu", "start": "plots"},
+    )
+    run = Run("tee", 1, "hf")
+    (run.folder(recipe) / "sft").mkdir(parents=True)
+    (run.folder(recipe) / "sft" / "latest_checkpointed_iteration.txt").write_text("1\n")
+    (tmp_path / "tee_image").mkdir()
+    pq.write_table(pa.table({"number": list(range(rows))}), tmp_path / "tee_image" / "fit.parquet")
+    overrides = rl_command(run, recipe, Limits(prompt=32, response=32))[3:]
+    plan = batch_plan(load("ppo_trainer", overrides), rows)
+    assert (plan.prompts_per_step, plan.optimizer_steps_per_step, plan.total_steps) == (batch, 2, 3)

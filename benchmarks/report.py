@@ -1,0 +1,158 @@
+"""The tables of the documents, made from `benchmarks/results`.
+
+`python3 benchmarks/report.py --write` replaces what stands between the marks in README.md (the figures at a glance, the
+learning tables) and writes benchmarks/README.md (every row with its command); without `--write` it prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rows
+
+Row = Mapping[str, Any]
+
+_TASKS = ("ctu", "har", "ecg", "emg", "tee", "rcw")
+_STARTS = {"": "plots", ", library start": "library"}
+"""What `learning.py` appends to a workload's name, and how the table calls that start; the first one found is shown."""
+
+_CTU = "CTU-3B"
+_GLANCE = (
+    ("whole GRPO step", "grpo_step", "step_s", _CTU, "1x NVIDIA H200"),
+    ("the same, tokens per second and GPU", "grpo_step", "step_tokens_per_s_per_gpu", _CTU, "1x NVIDIA H200"),
+    ("whole step, twice the batch", "grpo_step", "step_s", _CTU, "2x NVIDIA H200"),
+    ("`run_ctu.sh` on real CTU plots", "grpo_step", "step_s", "run_ctu.sh, 3B shape", "1x NVIDIA H200"),
+    ("forward + backward of 160 answers, shared prefix", "train_step", "train_shared_s", _CTU, "1x NVIDIA H200"),
+    ("two updates, 320 answers", "train_step", "update_s", _CTU, "1x NVIDIA H200"),
+    ("reference log-probs, 320 answers", "train_step", "reference_s", _CTU, "1x NVIDIA H200"),
+    ("generation by vLLM alone", "generation", "generate_tokens_per_s", _CTU, "1x NVIDIA H200"),
+    ("7.5 GB of weights to an engine, CUDA IPC", "weight_sync", "weight_sync_s", _CTU, "1x NVIDIA H200"),
+    ("the same, NCCL between two GPUs", "weight_sync_broadcast", "weight_sync_s", _CTU, "2x NVIDIA H200"),
+    ("10,000 plots of 1,500 points", "data_build", "draw", None, None),
+    ("`example/quickstart.sh`, installation included", "fresh_machine", "quickstart_s", None, None),
+    ("`tests/run.sh`, installation included", "fresh_machine", "tests_s", None, None),
+)
+"""What is measured, its file, row, workload and hardware (None: whatever the row has)."""
+
+
+def at_a_glance(results: Mapping[str, Sequence[Row]]) -> str:
+    """One line for each of `_GLANCE`: the newest such row."""
+    lines = ["| what | measured | hardware | commit |", "|---|---|---|---|"]
+    for what, file, name, workload, hardware in _GLANCE:
+        found = [
+            row
+            for row in results[file]
+            if row["row"] == name and workload in (None, row["workload"]) and hardware in (None, row["hardware"])
+        ]
+        if not found:
+            raise LookupError(f"benchmarks/results/{file}.json has no row {name} of {workload} on {hardware}")
+        row = found[-1]
+        lines.append(f"| {what} | {quantity(row['value'], row['unit'])} | {row['hardware']} | {row['commit']} |")
+    return "\n".join(lines)
+
+
+def quantity(value: float, unit: str) -> str:
+    """Three digits, thousands apart: 12.4 s, 29,800 response tokens/s."""
+    digits = 3 - len(str(int(abs(value)))) if abs(value) >= 1 else 3
+    return f"{round(value, digits):,.{max(digits, 0)}f} {unit}"
+
+
+def _by_workload(found: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    by_workload: dict[str, dict[str, Row]] = {}
+    for row in found:
+        by_workload.setdefault(row["workload"], {})[row["row"]] = row
+    return by_workload
+
+
+def spread(row: Row) -> str:
+    """Mean over seeds and their standard deviation, as `learning.py` writes it in the mode."""
+    _, _, deviation = row["mode"].partition("standard deviation over seeds ")
+    return f"{row['value']:.3f}" + (f" ± {deviation.split(';')[0]}" if deviation else "")
+
+
+def learning(results: Mapping[str, Sequence[Row]]) -> str:
+    """Test accuracy and macro-F1 before and after GRPO beside the baselines, one line for each task with plots."""
+    baselines = {row["row"]: row["value"] for row in results["baselines"]}
+    trained = _by_workload(results["learning"])
+    head = ("task", "test rows", "majority", "1-NN", "ROCKET", "MiniRocket")
+    head += ("after SFT", "after GRPO", "macro-F1", "parameters", "start")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for task in _TASKS:
+        for suffix, start in _STARTS.items():
+            if not (found := trained.get(f"{task} (image), hf engine{suffix}")):
+                continue
+            names = [f"{task} {name}" for name in ("majority", "1-NN", "ROCKET", "MiniRocket")]
+            beside = ["" if name not in baselines else f"{baselines[name]:.3f}" for name in names]
+            after = found["rl_acc"]
+            cells = [
+                *(f"`{task}`", str(after["samples"])),
+                *beside,
+                *(spread(found["sft_acc"]), spread(after)),
+                f"{found['sft_f1']['value']:.3f} → {found['rl_f1']['value']:.3f}",
+                *(f"{after['parameters'] / 1e6:.1f} M", start),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+            break
+    return "\n".join(lines)
+
+
+def modalities(results: Mapping[str, Sequence[Row]]) -> str:
+    """Plots against digits at one training budget, for every task that was trained with both."""
+    trained = _by_workload(results["learning"])
+    lines = ["| task | input | prompt tokens | after SFT | after GRPO | a GRPO step |", "|---|---|---|---|---|---|"]
+    for task in _TASKS:
+        names = [f"{task} ({modality}), hf engine" for modality in ("image", "numeric")]
+        if not all(name in trained for name in names):
+            continue
+        for name, input_ in zip(names, ("plot", "digits"), strict=True):
+            found = trained[name]
+            seconds = found["reward_gain"]["mode"].rpartition("median step ")[2]
+            tokens = f"{found['prompt_tokens']['value']:,.0f}"
+            cells = (f"`{task}`", input_, tokens, spread(found["sft_acc"]), spread(found["rl_acc"]), seconds)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+_TABLES = {"at a glance": at_a_glance, "learning": learning, "modalities": modalities}
+
+
+def between(text: str, name: str, content: str) -> str:
+    """The document with `content` between the marks of `name`."""
+    begin, end = f"<!-- {name}: made by benchmarks/report.py -->", f"<!-- end of {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"README.md needs the marks {begin!r} and {end!r} once each")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def all_rows(results: Mapping[str, Sequence[Row]]) -> str:
+    sections = (f"## {name}\n\n{rows.tables(found)}" for name, found in results.items())
+    about = (
+        "Every row of `benchmarks/results`, with the command that made it, what it ran on and the commit; losing rows"
+        " stay.\nMade by `python3 benchmarks/report.py --write`; what the scripts measure is in their docstrings."
+    )
+    return "\n\n".join(("# Measured", about, *sections)) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into README.md and benchmarks/README.md")
+    args = parser.parse_args()
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(rows.RESULTS.glob("*.json"))}
+    made = {name: table(results) for name, table in _TABLES.items()}
+    if not args.write:
+        print("\n\n".join((*made.values(), all_rows(results))))
+        return
+    readme = rows.ROOT / "README.md"
+    text = readme.read_text()
+    for name, content in made.items():
+        text = between(text, name, content)
+    readme.write_text(text)
+    (rows.ROOT / "benchmarks" / "README.md").write_text(all_rows(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Tables of the documents: which rows they take, and that marks and rows cannot be missing in silence."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import report
+
+    return report
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, list[dict[str, Any]]]:
+    return {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+
+
+def trained(workload: str, sft: float, rl: float) -> list[dict[str, Any]]:
+    mode = "seeds 1: 0.1, 2: 0.3; standard deviation over seeds 0.141; standard error of one seed's rows 0.031"
+    shared = {"workload": workload, "samples": 250, "parameters": 1_800_000, "mode": mode}
+    values = {"sft_acc": sft, "rl_acc": rl, "sft_f1": sft, "rl_f1": rl, "prompt_tokens": 328.0}
+    made = [shared | {"row": name, "value": value} for name, value in values.items()]
+    return [*made, shared | {"row": "reward_gain", "value": 0.2, "mode": "last 10 of 60 steps; median step 2.91 s"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (12.4297, "s", "12.4 s"),
+        (29829.4, "tokens/s", "29,800 tokens/s"),
+        (0.04149, "s", "0.041 s"),
+        (5.0, "s", "5.00 s"),
+    ],
+)
+def test_quantities_have_three_digits(report: Any, value: float, unit: str, text: str) -> None:
+    assert report.quantity(value, unit) == text
+
+
+def test_a_task_is_shown_once_with_the_start_that_is_the_default(report: Any) -> None:
+    rows = trained("ctu (image), hf engine, library start", 0.5, 0.6) + trained("ctu (image), hf engine", 0.7, 0.8)
+    rows += trained("tee (image), hf engine, library start", 0.2, 0.3)
+    baselines = [{"row": "ctu majority", "value": 0.5}, {"row": "ctu MiniRocket", "value": 0.72}]
+    lines = report.learning({"learning": rows, "baselines": baselines}).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| `ctu`", "| `tee`"]
+    assert "| 0.500 |  |  | 0.720 | 0.700 ± 0.141 | 0.800 ± 0.141 | 0.700 → 0.800 | 1.8 M | plots |" in lines[0]
+    assert lines[1].endswith("| library |")
+
+
+def test_plots_and_digits_are_compared_only_where_both_were_trained(report: Any) -> None:
+    rows = trained("ctu (image), hf engine", 0.7, 0.8) + trained("har (image), hf engine", 0.5, 0.6)
+    rows += trained("ctu (numeric), hf engine", 0.4, 0.5)
+    lines = report.modalities({"learning": rows}).splitlines()[2:]
+    assert [line.split(" | ")[:3] for line in lines] == [["| `ctu`", "plot", "328"], ["| `ctu`", "digits", "328"]]
+    assert lines[0].endswith("| 2.91 s |")
+
+
+def test_a_missing_figure_is_an_error(report: Any, results: dict[str, list[dict[str, Any]]]) -> None:
+    with pytest.raises(LookupError, match=r"generation\.json has no row generate_tokens_per_s of CTU-3B"):
+        report.at_a_glance(results | {"generation": []})
+
+
+def test_marks_that_are_not_there_once_are_an_error(report: Any) -> None:
+    text = "a <!-- x: made by benchmarks/report.py -->\nold\n<!-- end of x --> z"
+    assert report.between(text, "x", "new") == "a <!-- x: made by benchmarks/report.py -->\nnew\n<!-- end of x --> z"
+    with pytest.raises(ValueError, match="needs the marks"):
+        report.between(text + text, "x", "new")
+
+
+def test_the_documents_show_the_rows_that_are_there(report: Any, results: dict[str, list[dict[str, Any]]]) -> None:
+    results = {name: results[name] for name in sorted(results)}
+    readme = (ROOT / "README.md").read_text()
+    for name, table in report._TABLES.items():
+        assert report.between(readme, name, table(results)) == readme, f"run benchmarks/report.py --write ({name})"
+    assert (ROOT / "benchmarks" / "README.md").read_text() == report.all_rows(results)
+
+
+def test_commands_of_the_rows_name_nothing_of_the_machine_they_ran_on(results: dict[str, list[dict[str, Any]]]) -> None:
+    commands = {row["command"] for rows in results.values() for row in rows}
+    assert commands and not [c for c in commands if re.search(r"(^|[ =])/(tmp|root|home|work)\b", c)]
