@@ -15,6 +15,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -153,12 +154,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     workload, device = WORKLOADS[args.model_size], resolve_device(args.device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = ctu_3b_model(args.model or Path(scratch) / "model", workload)
-        made = measure(folder, workload, device, args.repeats, args.overrides)
-    rows.write("generation", made, folder=args.results, append=args.append)
+        write = partial(rows.write, "generation", folder=args.results, append=args.append)
+        measure(folder, workload, device, args.repeats, args.overrides, write)
 
 
-def measure(folder: Path, workload: Workload, device: str, repeats: int, extra: Sequence[str]) -> list[Any]:
-    """All rows."""
+def measure(
+    folder: Path, workload: Workload, device: str, repeats: int, extra: Sequence[str], write: Callable[..., None]
+) -> None:
+    """All rows; `write` gets those so far after each, so that a run that is cut short leaves what it measured."""
     prompts, patches = ctu_3b_prompts(None, workload, device=device)
     sampling = sampling_of(workload)
     begin = time.perf_counter()
@@ -173,6 +176,7 @@ def measure(folder: Path, workload: Workload, device: str, repeats: int, extra: 
                 row=name, workload=workload.name, value=value, unit=unit, samples=workload.samples, mode=mode, **ratio
             )
         )
+        write(found, show=False)
 
     row("engine_start_s", start, "s", "weights read from disk")
     answers: list[list[Response]] = []
@@ -198,7 +202,7 @@ def measure(folder: Path, workload: Workload, device: str, repeats: int, extra: 
     beside = "" if yardstick is None else f"; plain bf16 to plain fp32: {yardstick}"
     length = len(answers[0][0].token_ids)
     row("canary_max_logprob_diff", apart.worst, "nats", f"engine to packed, {length} tokens: {apart}{beside}")
-    return found
+    write(found)
 
 
 def memory(device: str) -> str:
