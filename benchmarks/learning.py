@@ -3,12 +3,13 @@
 Every run makes a random Qwen2.5-VL of a few million parameters, trains it on the supervised answers for a fixed number
 of steps (with `--stop-parse-failure 0.02`: until fewer than 2 % of its validation answers are malformed, a rule that
 does not look at accuracy), and goes on with GRPO. With `--sft-share 0.25` SFT is a cold start on a quarter of the rows,
-while GRPO sees them all: a label costs less than a written answer. Limits of prompts and answers follow from the data.
-Reported are the test accuracy and macro-F1 before and after GRPO, and whether the training reward rose: mean of the
-last ten steps minus the first ten, in standard errors of the steps. `curves/learning.json` holds every step's mean
-reward.
+while GRPO sees them all: a label costs less than a written answer. `--rl-steps 0` is the control, SFT alone. Limits of
+prompts and answers follow from the data. Reported are the test accuracy and macro-F1 before and after GRPO, what GRPO
+added to each seed, and whether the training reward rose: mean of the last ten steps minus the first ten, in standard
+errors of the steps. `curves/learning.json` holds every step's mean reward.
 
     python3 benchmarks/learning.py --tasks ctu har --seeds 1 2 3 --engine hf --jobs 6
+    python3 benchmarks/learning.py --tasks ctu har --rl-steps 0 --sft-steps 420 --append    # the control
     python3 benchmarks/learning.py --tasks basic_motions --engine hf vllm      # and McNemar's test between the two
 
 The data folders (`data/<task>_<modality>`) must be there: see example/data_preprocess.
@@ -23,21 +24,21 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import rows
+from learning_rows import comparison, rows_of
 from recipe import STARTS, Limits, Recipe, Run, rl_command, sft_command
-from scipy.stats import binomtest
 from stored import stored
 
 from verl.timeseries.tasks import get_task
 
-_EDGE = 10  # steps at each end of the reward curve that are compared
+Curves = dict[str, list[float]]
+"""Mean training reward of every step, by seed."""
 
 
 def _call(command: Sequence[str], log: Path) -> None:
@@ -54,12 +55,11 @@ def train(run: Run, recipe: Recipe) -> dict[str, Any]:
     folder = run.folder(recipe)
     settings = {"run": asdict(run), "recipe": {name: str(value) for name, value in asdict(recipe).items()}}
     found = stored(folder / "result.json", settings, lambda: _train(run, recipe, folder))
-    print(
-        f"{run.task} seed {run.seed} {run.engine}: majority {found['majority']:.3f} sft {found['sft_acc']:.3f} "
-        f"rl {found['rl_acc']:.3f} f1 {found['sft_f1']:.3f} -> {found['rl_f1']:.3f} "
-        f"({found['sft_seconds']:.0f} s + {found['rl_seconds']:.0f} s)",
-        flush=True,
-    )
+    stages = [f"majority {found['majority']:.3f}"]
+    for stage in ("sft", "rl") if recipe.rl_steps else ("sft",):
+        accuracy, f1, seconds = (found[f"{stage}_{what}"] for what in ("acc", "f1", "seconds"))
+        stages.append(f"{stage} {accuracy:.3f}, macro-F1 {f1:.3f}, {seconds:.0f} s")
+    print(f"{run.task} seed {run.seed} {run.engine}: {'; '.join(stages)}", flush=True)
     return found
 
 
@@ -78,8 +78,11 @@ def _train(run: Run, recipe: Recipe, folder: Path) -> dict[str, Any]:
     limits = Limits.of(folder / "tiny", texts.parent)
     _call(sft_command(run, recipe, limits), log)
     middle = time.monotonic()
-    _call(rl_command(run, recipe, limits), log)
-    return _read(folder) | {"sft_seconds": middle - begin, "rl_seconds": time.monotonic() - middle}
+    found = _read_sft(folder) | {"sft_seconds": middle - begin}
+    if recipe.rl_steps:
+        _call(rl_command(run, recipe, limits), log)
+        found |= _read_rl(folder) | {"rl_seconds": time.monotonic() - middle}
+    return found
 
 
 def _report(run: Path) -> dict[str, Any]:
@@ -87,40 +90,35 @@ def _report(run: Path) -> dict[str, Any]:
     return dict(report)
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """What the two stages left behind: accuracies, the reward curve, and which test rows are right."""
-    sft, rl = _report(folder / "sft"), _report(folder / "rl")
-    lines = [json.loads(line) for line in (folder / "rl" / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "critic/rewards/mean" in line]
-    answers = [json.loads(line) for line in (folder / "rl" / "validation" / "test.jsonl").read_text().splitlines()]
-    config = json.loads((folder / "tiny" / "tiny.json").read_text())
+def _stage(name: str, report: dict[str, Any], answers: Path) -> dict[str, Any]:
+    """Accuracies of a stage, and which test rows are right."""
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
     return {
-        "n": rl["n_prompts"],
-        "majority": rl["majority_share"],
-        "sft_acc": sft["accuracy"],
-        "sft_f1": sft["classification"]["macro_f1"],
-        "rl_acc": rl["accuracy"],
-        "rl_f1": rl["classification"]["macro_f1"],
-        "parse_failure": rl["classification"]["parse_failure_rate"],
-        "rewards": [step["critic/rewards/mean"] for step in steps],
-        "step_seconds": statistics.median(step["timing_s/step"] for step in steps),
-        "prompt_tokens": statistics.mean(step["prompt_length/mean"] for step in steps),
-        "right": {a["uid"]: a["answers"][0]["prediction"] == a["ground_truth"] for a in answers},
-        "size": config,
+        "n": report["n_prompts"],
+        "majority": report["majority_share"],
+        f"{name}_acc": report["accuracy"],
+        f"{name}_f1": report["classification"]["macro_f1"],
+        f"{name}_parse_failure": report["classification"]["parse_failure_rate"],
+        f"{name}_right": {a["uid"]: a["answers"][0]["prediction"] == a["ground_truth"] for a in lines},
     }
 
 
-def reward_gain(curves: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Mean over seeds of (last ten steps - first ten steps), and its standard error from the steps' spread.
-
-    The error is that of a difference of two means over `_EDGE` steps each, combined over independent seeds.
-    """
-    gains = [statistics.mean(c[-_EDGE:]) - statistics.mean(c[:_EDGE]) for c in curves]
-    variances = [(statistics.variance(c[-_EDGE:]) + statistics.variance(c[:_EDGE])) / _EDGE for c in curves]
-    return statistics.mean(gains), (sum(variances) ** 0.5) / len(curves)
+def _read_sft(folder: Path) -> dict[str, Any]:
+    found = _stage("sft", _report(folder / "sft"), folder / "sft" / "samples" / "test.jsonl")
+    return found | {"size": json.loads((folder / "tiny" / "tiny.json").read_text())}
 
 
-def write_curves(curves: dict[str, dict[str, list[float]]], path: Path, *, append: bool) -> None:
+def _read_rl(folder: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (folder / "rl" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "critic/rewards/mean" in line]
+    return _stage("rl", _report(folder / "rl"), folder / "rl" / "validation" / "test.jsonl") | {
+        "rewards": [step["critic/rewards/mean"] for step in steps],
+        "step_seconds": statistics.median(step["timing_s/step"] for step in steps),
+        "prompt_tokens": statistics.mean(step["prompt_length/mean"] for step in steps),
+    }
+
+
+def write_curves(curves: dict[str, Curves], path: Path, *, append: bool) -> None:
     """Mean training reward of every step, by workload and seed; `append` keeps other workloads."""
     kept = json.loads(path.read_text()) if append and path.is_file() else {}
     path.parent.mkdir(exist_ok=True)
@@ -128,52 +126,30 @@ def write_curves(curves: dict[str, dict[str, list[float]]], path: Path, *, appen
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def mcnemar(one: dict[str, bool], other: dict[str, bool]) -> tuple[int, int, float]:
-    """Rows that only one of two models gets right, each way, and the exact two-sided p-value (McNemar 1947)."""
-    assert one.keys() == other.keys(), "McNemar's test compares the same rows"
-    first = sum(one[row] and not other[row] for row in one)
-    second = sum(other[row] and not one[row] for row in one)
-    return first, second, float(binomtest(first, first + second).pvalue) if first + second else 1.0
+def rows_and_curves(
+    results: Mapping[Run, dict[str, Any]], recipe: Recipe
+) -> tuple[list[rows.BenchmarkRow], dict[str, Curves]]:
+    """Of every task and engine with a result, and the engines' comparison where all seeds ran with both."""
+    suffix = "" if recipe.start == "plots" else f", {recipe.start} start"
+    made: list[rows.BenchmarkRow] = []
+    curves: dict[str, Curves] = {}
+    for task in dict.fromkeys(run.task for run in results):
+        by_engine: dict[str, dict[int, dict[str, Any]]] = {}
+        for run, found in results.items():
+            if run.task == task:
+                by_engine.setdefault(run.engine, {})[run.seed] = found
+        for engine, seeds in by_engine.items():
+            stages = f"{engine} engine" if recipe.rl_steps else "SFT alone"
+            workload = f"{task} ({recipe.modality}), {stages}{suffix}"
+            made += rows_of(workload, seeds, rows.parameters_of(Run(task, min(seeds), engine).folder(recipe) / "tiny"))
+            if recipe.rl_steps:
+                curves[workload] = {str(seed): [round(x, 4) for x in f["rewards"]] for seed, f in seeds.items()}
+        if recipe.rl_steps and len(by_engine) == 2 and by_engine["hf"].keys() == by_engine["vllm"].keys():
+            made.append(comparison(task + suffix, by_engine["hf"], by_engine["vllm"]))
+    return made, curves
 
 
-def _rows(workload: str, found: dict[int, dict[str, Any]], parameters: int) -> list[rows.BenchmarkRow]:
-    row = partial(rows.BenchmarkRow, workload=workload, parameters=parameters)
-    n = next(iter(found.values()))["n"]
-    made = []
-    for name in ("majority", "sft_acc", "rl_acc", "sft_f1", "rl_f1"):
-        values = {seed: f[name] for seed, f in found.items()}
-        mean = statistics.mean(values.values())
-        each = ", ".join(f"{seed}: {value:.3f}" for seed, value in values.items())
-        spread = f"; standard deviation over seeds {statistics.stdev(values.values()):.3f}" if len(values) > 1 else ""
-        error = f"; standard error of one seed's rows {(mean * (1 - mean) / n) ** 0.5:.3f}" if "acc" in name else ""
-        unit = "macro-F1" if "f1" in name else "accuracy"
-        made.append(row(row=name, value=mean, unit=unit, samples=n, mode=f"seeds {each}{spread}{error}"))
-    tokens = statistics.mean(f["prompt_tokens"] for f in found.values())
-    mode = "mean over the prompts of GRPO, picture and text, with the tokenizer trained on the task's texts"
-    made.append(row(row="prompt_tokens", value=tokens, unit="tokens", mode=mode))
-    gain, error = reward_gain([f["rewards"] for f in found.values()])
-    steps, seconds = len(next(iter(found.values()))["rewards"]), [f["step_seconds"] for f in found.values()]
-    mode = f"last {_EDGE} of {steps} steps minus first {_EDGE}; median step {statistics.median(seconds):.2f} s"
-    ratio = {"ratio": gain / error, "ratio_to": "standard errors"} if error else {}
-    made.append(row(row="reward_gain", value=gain, unit="reward", samples=steps, mode=mode, **ratio))
-    return made
-
-
-def _comparison(task: str, hf: dict[int, dict[str, Any]], vllm: dict[int, dict[str, Any]]) -> rows.BenchmarkRow:
-    """McNemar's test on the pooled test rows of all seeds."""
-    pooled = [{f"{s}/{row}": ok for s, f in engine.items() for row, ok in f["right"].items()} for engine in (hf, vllm)]
-    first, second, p = mcnemar(*pooled)
-    return rows.BenchmarkRow(
-        row="mcnemar_p",
-        workload=f"{task}, hf against vllm, same rows",
-        value=p,
-        unit="p",
-        samples=len(pooled[0]),
-        mode=f"right with hf only {first}, with vllm only {second}",
-    )
-
-
-def main() -> None:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["ctu"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -188,12 +164,16 @@ def main() -> None:
     parser.add_argument("--sft-batch", type=int, default=16)
     parser.add_argument("--sft-share", type=float, default=1.0, help="of the supervised rows; GRPO sees all")
     parser.add_argument("--stop-parse-failure", type=float, help="end SFT sooner, at this share of malformed answers")
-    parser.add_argument("--rl-steps", type=int, default=60)
+    parser.add_argument("--rl-steps", type=int, default=60, help="0: SFT alone")
     parser.add_argument("--rl-batch", type=int, default=32, help="prompts a step; two optimizer steps, 8 answers each")
     parser.add_argument("--start", choices=STARTS, default="plots", help="the random model's weights and image scale")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--append", action="store_true", help="keep the rows of other tasks and engines")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = arguments()
     for task in args.tasks:
         get_task(task)
     shared = [field.name for field in fields(Recipe) if field.name != "folder"]
@@ -210,23 +190,8 @@ def main() -> None:
             return None
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = dict(zip(runs, pool.map(attempt, runs), strict=True))
-    suffix = "" if args.start == "plots" else f", {args.start} start"
-    made: list[rows.BenchmarkRow] = []
-    curves: dict[str, dict[str, list[float]]] = {}
-    for task in args.tasks:
-        by_engine = {
-            engine: {r.seed: f for r, f in results.items() if f and (r.task, r.engine) == (task, engine)}
-            for engine in args.engine
-        }
-        for engine, found in by_engine.items():
-            if found:
-                parameters = rows.parameters_of(Run(task, min(found), engine).folder(recipe) / "tiny")
-                workload = f"{task} ({args.modality}), {engine} engine{suffix}"
-                made += _rows(workload, found, parameters)
-                curves[workload] = {str(s): [round(x, 4) for x in f["rewards"]] for s, f in found.items()}
-        if len(args.engine) == 2 and by_engine["hf"].keys() == by_engine["vllm"].keys() and by_engine["hf"]:
-            made.append(_comparison(task + suffix, by_engine["hf"], by_engine["vllm"]))
+        results = {run: found for run, found in zip(runs, pool.map(attempt, runs), strict=True) if found}
+    made, curves = rows_and_curves(results, recipe)
     rows.write("learning", made, append=args.append)
     write_curves(curves, rows.RESULTS / "curves" / "learning.json", append=args.append)
     if failed:

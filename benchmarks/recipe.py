@@ -33,6 +33,7 @@ class Recipe:
     sft_steps: int
     sft_batch: int
     rl_steps: int
+    """0: SFT alone."""
     rl_batch: int
     """Prompts of a step; fewer where there are fewer rows."""
     stop_parse_failure: float | None

@@ -67,31 +67,38 @@ def _by_workload(found: Sequence[Row]) -> dict[str, dict[str, Row]]:
     return by_workload
 
 
-def spread(row: Row) -> str:
-    """Mean over seeds and their standard deviation, as `learning.py` writes it in the mode."""
-    _, _, deviation = row["mode"].partition("standard deviation over seeds ")
-    return f"{row['value']:.3f}" + (f" ± {deviation.split(';')[0]}" if deviation else "")
+def with_error(row: Row) -> str:
+    """Mean over seeds and the standard error that its test rows leave: seeds share them, so more seeds do not help."""
+    return f"{row['value']:.3f} ± {(row['value'] * (1 - row['value']) / row['samples']) ** 0.5:.3f}"
+
+
+def added(row: Row) -> str:
+    """What GRPO added on the same rows, and the standard error over seeds that `learning.py` writes into the mode."""
+    _, found, error = row["mode"].partition("standard error over seeds ")
+    return f"{row['value']:+.3f}" + (f" ± {error.split(';')[0]}" if found else "")
 
 
 def learning(results: Mapping[str, Sequence[Row]]) -> str:
     """Test accuracy and macro-F1 before and after GRPO beside the baselines, one line for each task with plots."""
     baselines = {row["row"]: row["value"] for row in results["baselines"]}
     trained = _by_workload(results["learning"])
-    head = ("task", "test rows", "majority", "1-NN", "ROCKET", "MiniRocket")
-    head += ("after SFT", "after GRPO", "macro-F1", "parameters", "start")
+    head = ("task", "test rows", "majority", "1-NN", "ROCKET", "after SFT", "after GRPO", "added", "macro-F1")
+    controls = any("SFT alone" in workload for workload in trained)
+    head += ("SFT alone, all rows",) * controls + ("parameters", "start")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for task in _TASKS:
         for suffix, start in _STARTS.items():
             if not (found := trained.get(f"{task} (image), hf engine{suffix}")):
                 continue
-            names = [f"{task} {name}" for name in ("majority", "1-NN", "ROCKET", "MiniRocket")]
-            beside = ["" if name not in baselines else f"{baselines[name]:.3f}" for name in names]
+            alone = trained.get(f"{task} (image), SFT alone{suffix}")
             after = found["rl_acc"]
             cells = [
                 *(f"`{task}`", str(after["samples"])),
-                *beside,
-                *(spread(found["sft_acc"]), spread(after)),
+                *(_shown(baselines, f"{task} {name}") for name in ("majority", "1-NN")),
+                _shown(baselines, f"{task} ROCKET") or f"{_shown(baselines, f'{task} MiniRocket')} (Mini)",
+                *(with_error(found["sft_acc"]), with_error(after), added(found["gain"])),
                 f"{found['sft_f1']['value']:.3f} → {found['rl_f1']['value']:.3f}",
+                *(("" if alone is None else with_error(alone["sft_acc"]),) * controls),
                 *(f"{after['parameters'] / 1e6:.1f} M", start),
             ]
             lines.append(f"| {' | '.join(cells)} |")
@@ -99,19 +106,27 @@ def learning(results: Mapping[str, Sequence[Row]]) -> str:
     return "\n".join(lines)
 
 
+def _shown(values: Mapping[str, float], name: str) -> str:
+    return f"{values[name]:.3f}" if name in values else ""
+
+
 def modalities(results: Mapping[str, Sequence[Row]]) -> str:
     """Plots against digits at one training budget, for every task that was trained with both."""
     trained = _by_workload(results["learning"])
-    lines = ["| task | input | prompt tokens | after SFT | after GRPO | a GRPO step |", "|---|---|---|---|---|---|"]
+    head = ("task", "input", "prompt tokens", "after SFT", "after GRPO", "added", "malformed", "a GRPO step")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for task in _TASKS:
         names = [f"{task} ({modality}), hf engine" for modality in ("image", "numeric")]
         if not all(name in trained for name in names):
             continue
         for name, input_ in zip(names, ("plot", "digits"), strict=True):
             found = trained[name]
-            seconds = found["reward_gain"]["mode"].rpartition("median step ")[2]
-            tokens = f"{found['prompt_tokens']['value']:,.0f}"
-            cells = (f"`{task}`", input_, tokens, spread(found["sft_acc"]), spread(found["rl_acc"]), seconds)
+            cells = (
+                *(f"`{task}`", input_, f"{found['prompt_tokens']['value']:,.0f}"),
+                *(with_error(found["sft_acc"]), with_error(found["rl_acc"]), added(found["gain"])),
+                " → ".join(f"{found[f'{stage}_parse_failure']['value']:.1%}" for stage in ("sft", "rl")),
+                found["reward_gain"]["mode"].rpartition("median step ")[2],
+            )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -21,6 +21,13 @@ def learning(monkeypatch: pytest.MonkeyPatch) -> Any:
     return learning
 
 
+@pytest.fixture
+def learning_rows(learning: Any) -> Any:
+    import learning_rows
+
+    return learning_rows
+
+
 def test_curves_are_kept_by_workload(learning: Any, tmp_path: Path) -> None:
     path = tmp_path / "curves" / "learning.json"
     learning.write_curves({"ctu": {"1": [0.1, 0.2]}}, path, append=True)
@@ -30,18 +37,18 @@ def test_curves_are_kept_by_workload(learning: Any, tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"har": {"2": [0.4]}}
 
 
-def test_mcnemar_counts_what_one_model_alone_gets_right(learning: Any) -> None:
+def test_mcnemar_counts_what_one_model_alone_gets_right(learning_rows: Any) -> None:
     one = {str(row): row < 8 for row in range(10)}
     other = {str(row): row < 2 for row in range(10)}
-    first, second, p = learning.mcnemar(one, other)
+    first, second, p = learning_rows.mcnemar(one, other)
     assert (first, second) == (6, 0) and p == pytest.approx(2 * 0.5**6)
-    assert learning.mcnemar(one, one) == (0, 0, 1.0)
+    assert learning_rows.mcnemar(one, one) == (0, 0, 1.0)
 
 
-def test_the_gain_of_a_flat_curve_is_none_and_of_a_rising_one_many_errors(learning: Any) -> None:
+def test_the_gain_of_a_flat_curve_is_none_and_of_a_rising_one_many_errors(learning_rows: Any) -> None:
     noise = [0.01 * (-1) ** step for step in range(40)]
-    assert learning.reward_gain([noise])[0] == pytest.approx(0.0)
-    gain, error = learning.reward_gain([[0.02 * step + noise[step] for step in range(40)]] * 3)
+    assert learning_rows.reward_gain([noise])[0] == pytest.approx(0.0)
+    gain, error = learning_rows.reward_gain([[0.02 * step + noise[step] for step in range(40)]] * 3)
     assert gain == pytest.approx(0.6) and gain > 3 * error
 
 
@@ -63,16 +70,47 @@ def test_a_cold_start_has_its_share_of_every_label_and_the_same_rows_for_a_seed(
     assert kept(1) == kept(1) != kept(2)
 
 
-def test_rows_of_a_task_have_means_over_seeds_and_the_gain_in_errors(learning: Any) -> None:
+def stages(rl_right: str) -> dict[str, Any]:
+    """Of one seed: 4 test rows, of which SFT gets the first two right; `rl_right` has a 1 for each row of GRPO's."""
+    right = {str(row): mark == "1" for row, mark in enumerate(rl_right)}
+    sft = {
+        "sft_acc": 0.5,
+        "sft_f1": 0.4,
+        "sft_parse_failure": 0.25,
+        "sft_right": {"0": True, "1": True, "2": False, "3": False},
+    }
+    rl = {"rl_acc": sum(right.values()) / 4, "rl_f1": 0.6, "rl_parse_failure": 0.0, "rl_right": right}
     curve = [0.1 + 0.01 * (step % 2) + 0.02 * step for step in range(20)]
-    one = {"n": 50, "majority": 0.5, "sft_acc": 0.6, "rl_acc": 0.7, "sft_f1": 0.5, "rl_f1": 0.6, "prompt_tokens": 300.0}
-    found = {1: one | {"rewards": curve, "step_seconds": 2.0}}
-    found[2] = found[1] | {"rl_acc": 0.9, "prompt_tokens": 302.0}
-    made = {row.row: row for row in learning._rows("ctu (image)", found, 7)}
-    assert made["rl_acc"].value == pytest.approx(0.8) and made["rl_acc"].mode.startswith("seeds 1: 0.700, 2: 0.900")
+    return {"n": 4, "majority": 0.5, **sft, **rl, "prompt_tokens": 300.0, "rewards": curve, "step_seconds": 2.0}
+
+
+def test_rows_of_a_task_have_means_over_seeds_and_what_grpo_added(learning_rows: Any) -> None:
+    found = {1: stages("1110"), 2: stages("1111") | {"prompt_tokens": 302.0}}
+    made = {row.row: row for row in learning_rows.rows_of("ctu (image)", found, 7)}
+    assert made["rl_acc"].value == pytest.approx(0.875) and made["rl_acc"].mode.startswith("seeds 1: 0.750, 2: 1.000")
+    assert made["gain"].value == pytest.approx(0.375)
+    assert made["gain"].mode == (
+        "seeds 1: +0.250, 2: +0.500; standard error over seeds 0.125; "
+        "rows won and lost, 1: 1 and 0 (p 1), 2: 2 and 0 (p 0.5)"
+    )
+    assert (made["sft_parse_failure"].value, made["sft_parse_failure"].unit) == (0.25, "of the answers")
     assert (made["prompt_tokens"].value, made["prompt_tokens"].unit) == (301.0, "tokens")
     assert made["reward_gain"].value == pytest.approx(0.2) and made["reward_gain"].ratio_to == "standard errors"
     assert {row.workload for row in made.values()} == {"ctu (image)"} and made["sft_f1"].unit == "macro-F1"
+
+
+def test_sft_alone_has_no_rows_of_grpo(learning_rows: Any) -> None:
+    alone = {name: value for name, value in stages("1110").items() if name in ("n", "majority") or "sft" in name}
+    made = [row.row for row in learning_rows.rows_of("ctu (image), SFT alone", {1: alone}, 7)]
+    assert made == ["majority", "sft_acc", "sft_f1", "sft_parse_failure"]
+
+
+def test_engines_are_compared_over_all_rows_and_seed_by_seed(learning_rows: Any) -> None:
+    row = learning_rows.comparison(
+        "ctu", {1: stages("1100"), 2: stages("1100")}, {1: stages("1111"), 2: stages("1101")}
+    )
+    assert (row.value, row.samples) == (pytest.approx(2 * 0.5**3), 8)
+    assert row.mode == "right with hf only 0, with vllm only 3, over all seeds; p of each seed 1: 0.5, 2: 1"
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(500, 128), (57, 56)])

@@ -26,11 +26,16 @@ def results() -> dict[str, list[dict[str, Any]]]:
 
 
 def trained(workload: str, sft: float, rl: float) -> list[dict[str, Any]]:
-    mode = "seeds 1: 0.1, 2: 0.3; standard deviation over seeds 0.141; standard error of one seed's rows 0.031"
-    shared = {"workload": workload, "samples": 250, "parameters": 1_800_000, "mode": mode}
+    shared = {"workload": workload, "samples": 250, "parameters": 1_800_000, "mode": "seeds 1: 0.1, 2: 0.3"}
     values = {"sft_acc": sft, "rl_acc": rl, "sft_f1": sft, "rl_f1": rl, "prompt_tokens": 328.0}
+    values |= {"sft_parse_failure": 0.1, "rl_parse_failure": 0.0}
     made = [shared | {"row": name, "value": value} for name, value in values.items()]
-    return [*made, shared | {"row": "reward_gain", "value": 0.2, "mode": "last 10 of 60 steps; median step 2.91 s"}]
+    gain = "seeds 1: +0.1, 2: +0.2; standard error over seeds 0.050; rows won and lost, 1: 9 and 2 (p 0.1)"
+    return [
+        *made,
+        shared | {"row": "gain", "value": rl - sft, "mode": gain},
+        shared | {"row": "reward_gain", "value": 0.2, "mode": "last 10 of 60 steps; median step 2.91 s"},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -49,11 +54,14 @@ def test_quantities_have_three_digits(report: Any, value: float, unit: str, text
 def test_a_task_is_shown_once_with_the_start_that_is_the_default(report: Any) -> None:
     rows = trained("ctu (image), hf engine, library start", 0.5, 0.6) + trained("ctu (image), hf engine", 0.7, 0.8)
     rows += trained("tee (image), hf engine, library start", 0.2, 0.3)
-    baselines = [{"row": "ctu majority", "value": 0.5}, {"row": "ctu MiniRocket", "value": 0.72}]
+    rows += [{**trained("ctu (image), SFT alone", 0.6, 0.6)[0]}]
+    baselines = [{"row": f"{task} MiniRocket", "value": 0.72} for task in ("ctu", "tee")]
+    baselines += [{"row": "ctu majority", "value": 0.5}, {"row": "tee ROCKET", "value": 0.8}]
     lines = report.learning({"learning": rows, "baselines": baselines}).splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == ["| `ctu`", "| `tee`"]
-    assert "| 0.500 |  |  | 0.720 | 0.700 ± 0.141 | 0.800 ± 0.141 | 0.700 → 0.800 | 1.8 M | plots |" in lines[0]
-    assert lines[1].endswith("| library |")
+    assert "| 0.500 |  | 0.720 (Mini) | 0.700 ± 0.029 | 0.800 ± 0.025 | +0.100 ± 0.050 | 0.700 → 0.800 |" in lines[0]
+    assert lines[0].endswith("| 0.600 ± 0.031 | 1.8 M | plots |")
+    assert "| 0.800 | 0.200" in lines[1] and lines[1].endswith("|  | 1.8 M | library |")
 
 
 def test_plots_and_digits_are_compared_only_where_both_were_trained(report: Any) -> None:
@@ -61,7 +69,7 @@ def test_plots_and_digits_are_compared_only_where_both_were_trained(report: Any)
     rows += trained("ctu (numeric), hf engine", 0.4, 0.5)
     lines = report.modalities({"learning": rows}).splitlines()[2:]
     assert [line.split(" | ")[:3] for line in lines] == [["| `ctu`", "plot", "328"], ["| `ctu`", "digits", "328"]]
-    assert lines[0].endswith("| 2.91 s |")
+    assert lines[0].endswith("| +0.100 ± 0.050 | 10.0% → 0.0% | 2.91 s |")
 
 
 def test_a_missing_figure_is_an_error(report: Any, results: dict[str, list[dict[str, Any]]]) -> None:
