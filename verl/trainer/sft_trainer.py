@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from transformers.utils.logging import disable_progress_bar
 
 from verl.algorithms.aggregation import token_weights
 from verl.config import SFTConfig, load, to_dict, to_yaml
@@ -407,6 +408,7 @@ def main(overrides: list[str] | None = None) -> int:
     """Exit code 0, 2 for a mistake in the config or data, 1 for anything else."""
     level = os.environ.get("VERL_SFT_LOGGING_LEVEL", "WARN")
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    disable_progress_bar()  # of the library's loading and saving, between the lines of the steps
     try:
         arguments = overrides_from("sft_trainer", sys.argv[1:] if overrides is None else overrides)
         if arguments is None:

@@ -177,6 +177,10 @@ def test_the_old_name_of_the_supervised_trainer_runs_under_torchrun(
     steps = ("trainer.total_training_steps=1", "trainer.save_freq=-1")
     run = launcher.torchrun(1, sft_overrides(data, tiny, folder, *files, *steps), folder, module="fsdp_sft_trainer")
     assert run.ok().rows[-1]["step"] == 1 and (run.checkpoint(1) / "actor" / "huggingface").is_dir()
+    bars = [
+        line for line in (run.out + run.err).splitlines() if "Writing model shards" in line or "Loading weights" in line
+    ]
+    assert not bars, bars
 
 
 PROGRAMS = {
