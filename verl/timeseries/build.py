@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,11 +30,11 @@ from verl.timeseries.card import TABLES, looks, make_card
 from verl.timeseries.describe import sft_answer
 from verl.timeseries.folder import replacing
 from verl.timeseries.numeric import NumericFormat
-from verl.timeseries.own import csv_task
+from verl.timeseries.own import CsvOptions, csv_task
 from verl.timeseries.plot import default_workers, draw_all
 from verl.timeseries.readers import SPLITS, Archive, Split
 from verl.timeseries.split import cut_split, resplit, stratified_cut, take
-from verl.timeseries.style import override_style
+from verl.timeseries.style import PlotStyle, override_style
 from verl.timeseries.task import TaskSpec
 from verl.timeseries.tasks import get_task
 
@@ -91,8 +92,13 @@ class BuildResult:
 
 
 def parse_args(args: Sequence[str]) -> BuildConfig:
-    """Read `key=value` arguments. Raises ValueError on an unknown key (with the nearest known one) or a wrong type."""
+    """Read `key=value` arguments. Raises ValueError on an unknown key (with the nearest known one) or a wrong type.
+
+    Text is what stands after the first `=`, as it is; other values are YAML.
+    """
     known = [f.name for f in fields(BuildConfig)]
+    texts: dict[str, Any] = {}
+    others: list[str] = []
     for arg in args:
         key, equals, _ = arg.partition("=")
         if not equals:
@@ -101,16 +107,53 @@ def parse_args(args: Sequence[str]) -> BuildConfig:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"unknown key {key!r}; {hint}known: {', '.join(known)}")
-    if not any(arg.startswith("task=") for arg in args):
+        kind = _kind(key)
+        if kind.startswith(("str", "list")):
+            texts[key] = _text(arg, kind)
+        else:
+            others.append(arg)
+    if not texts.get("task"):
         raise ValueError("task=NAME is missing, e.g. task=ctu")
     try:
-        values = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(BuildConfig), OmegaConf.from_dotlist(list(args)))
-        )
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{' '.join(args)}: {str(error).splitlines()[0]}") from error
+        typed = OmegaConf.merge(OmegaConf.structured(BuildConfig), OmegaConf.from_dotlist(["task=_", *others]))
+        values = OmegaConf.to_object(typed)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f"{' '.join(others)}: {str(error).splitlines()[0]}") from error
     assert isinstance(values, BuildConfig), f"expected BuildConfig, got {type(values)}"
+    for key, text in texts.items():
+        group, dot, name = key.partition(".")
+        values = replace(values, **{group: {**getattr(values, group), name: text} if dot else text})
     return values
+
+
+def _kind(key: str) -> str:
+    """The declared type of a known or nested key, as written. `str` for a nested one that nobody declares: whoever
+    reads it refuses it by name, before its value could be a fault of its own."""
+    group, _, name = key.partition(".")
+    if not name:
+        return {f.name: str(f.type) for f in fields(BuildConfig)}[key]
+    if name.startswith("spectrogram."):
+        return "nested"
+    owner = {"csv": CsvOptions, "numeric": NumericFormat, "style": PlotStyle}[group]
+    return {f.name: str(f.type) for f in fields(owner)}.get(name, "str")
+
+
+def _text(arg: str, kind: str) -> str | list[str] | None:
+    """The value of a text key, or of a list of texts, whose items stay as they are written (`no` is no False)."""
+    _, _, value = arg.partition("=")
+    if kind.endswith("None") and value in ("", "null"):
+        return None
+    if kind.startswith("str"):
+        return value
+    try:
+        found = yaml.load(value, Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        said = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(f"{arg}: no list of words ({said}): write [a,b], in quotes what holds , [ ] or #") from error
+    items = found if isinstance(found, list) else [value]
+    if not all(isinstance(item, str) for item in items):
+        raise ValueError(f"{arg}: no list of words: write [a,b], in quotes what holds : , [ ] or #")
+    return [str(item) for item in items]
 
 
 def build(config: BuildConfig) -> BuildResult:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from verl.protocol import Prompt
-from verl.timeseries.build import main
+from verl.timeseries.build import main, parse_args
 from verl.timeseries.own import csv_task
 from verl.utils.reward_score import known_classes
 from verl.workers.reward_manager.manager import RewardItem, RewardManager
@@ -198,3 +198,36 @@ def test_a_folder_of_single_series_without_labels_says_what_to_write(tmp_path: P
 def test_csv_options_are_refused_for_other_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["task=gun_point", "csv.name=x"]) == 2
     assert "csv.* has no effect on task=gun_point" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Pump #3 and pump # 4, ok or worn?",
+        "What is shown: is x=1 or x=2?",
+        "[ok] or worn",
+        "{ok} or ${worn}",
+        "'ok' or \"worn\"?",
+        "12",
+        "???",
+        "yes",
+    ],
+)
+@pytest.mark.parametrize("key", ["csv.question", "csv.title", "style.title"])
+def test_text_is_what_stands_after_the_first_equals_sign(key: str, text: str) -> None:
+    group, _, name = key.partition(".")
+    assert getattr(parse_args(["task=csv", f"{key}={text}"]), group) == {name: text}
+    assert parse_args([f"source={text}", "task=csv"]).source == text
+
+
+def test_words_of_a_list_stay_as_they_are_written() -> None:
+    config = parse_args(["task=csv", "csv.classes=[no,yes,01,1.0]", "csv.drop=['time [s]','a, b']", "csv.rate=100"])
+    assert config.csv == {"classes": ["no", "yes", "01", "1.0"], "drop": ["time [s]", "a, b"], "rate": 100}
+    assert parse_args(["task=csv", "csv.drop=time #1"]).csv == {"drop": ["time #1"]}
+
+
+@pytest.mark.parametrize("value", ["[a", "[time [s]]", "[a: b]", "[a #1]"])
+def test_a_list_that_cannot_be_read_is_one_line_with_the_key(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["task=csv", "source=.", f"csv.drop={value}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: csv.drop={value}: no list of words") and error.count("\n") == 1
