@@ -119,16 +119,22 @@ def folder_files(folder: Path, problem: str | None = None) -> dict[str, Path | z
 
 
 def tree_files(folder: Path) -> dict[str, Path | zipfile.Path]:
-    """Files of the folder and of all its sub-folders, by name. ValueError when a name occurs twice."""
+    """Files of the folder and of all its sub-folders, by name, without those that an operating system adds. ValueError
+    when a name occurs twice."""
     found: dict[str, Path | zipfile.Path] = {}
     if not folder.is_dir():
         raise ValueError(f"source={folder} does not exist; name a folder or a zip")
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        # Only below the folder: its own path may well lead through a hidden one.
+        if path.is_file() and not _is_hidden(path.relative_to(folder)):
             if path.name in found:
                 raise ValueError(f"{folder}: {path.name} lies in {found[path.name]} and in {path}; name one folder")
             found[path.name] = path
     return found
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def zip_members(path: Path) -> dict[str, Path | zipfile.Path]:

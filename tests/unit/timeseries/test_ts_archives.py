@@ -262,3 +262,14 @@ def test_a_real_archive_builds_with_the_class_table_of_its_readme(name: str, arc
     assert card["series_in_train_and_test"] == 0 and not any(card["groups_shared"].values())
     assert not any(card["overlapping_windows"].values())
     assert card["rows"]["fit"] + card["rows"]["val"] == card["rows"]["train"] == sum(counts["train"])
+
+
+def test_files_that_an_operating_system_adds_are_left_alone(tmp_path: Path) -> None:
+    folder = write_har(tmp_path / ".cache" / "a")
+    expected = HAR.reader.read(folder, HAR)
+    for place in {path.parent for path in folder.rglob("*") if path.is_file()}:
+        (place / ".DS_Store").write_bytes(b"\0")
+        for name in (".ipynb_checkpoints", "__MACOSX"):
+            (place / name).mkdir()
+            (place / name / "y_train.txt").touch()
+    assert same(HAR.reader.read(folder, HAR), expected)
