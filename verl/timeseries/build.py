@@ -70,7 +70,7 @@ class BuildConfig:
     cache: str | None = "auto"
     """Folder of drawn plots, by content; auto: `.plot_cache` beside the output; null: none."""
     overwrite: bool = False
-    """Replace an output folder even if it holds files that this program did not write."""
+    """Replace an output folder even if it holds another task, or files that this program did not write."""
     style: dict[str, Any] = field(default_factory=dict)
     """Overrides of the task's plot style, e.g. `style.width=224`."""
     numeric: dict[str, Any] = field(default_factory=dict)
@@ -164,6 +164,8 @@ def build(config: BuildConfig) -> BuildResult:
     if config.resplit_seed is not None:
         archive = resplit(archive, config.resplit_seed)
     kept = {name: _limited(getattr(archive, name), config, name) for name in SPLITS}
+    if not config.overwrite:
+        _check_same_data(output, task)
     with replacing(output, own=OWN_ENTRIES, overwrite=config.overwrite) as folder:
         started = time.perf_counter()
         pngs: Pictures | None = None
@@ -198,6 +200,24 @@ def _resolve(config: BuildConfig) -> tuple[TaskSpec, Path, Path | None]:
     if config.cache is None:
         return task, output, None
     return task, output, output.parent / ".plot_cache" if config.cache == "auto" else Path(config.cache).expanduser()
+
+
+def _check_same_data(output: Path, task: TaskSpec) -> None:
+    """Data of another task are not replaced. Raises ValueError naming the folder, and what its data card says."""
+    path = output / "data_card.json"
+    if not path.is_file():
+        return
+    ways = f"choose another output=, delete {output}, or set overwrite=true"
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        found = (card["task"], card["data_source"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no data card, so {output} may hold something else: {ways}") from error
+    if found != (task.name, task.data_source):
+        raise ValueError(
+            f"{path}: the folder holds task {found[0]!r} with data source {found[1]!r}, not {task.name!r} with "
+            f"{task.data_source!r}: {ways}"
+        )
 
 
 def _numeric(task: TaskSpec, values: Mapping[str, Any]) -> NumericFormat:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -29,6 +30,7 @@ from verl.timeseries.spectrogram import Spectrogram
 from verl.timeseries.split import cut_split, take
 from verl.timeseries.style import GRID, LINE, LINES, PlotStyle, spectrogram_style
 from verl.timeseries.task import ClassSpec, TaskSpec
+from verl.timeseries.tasks import find_by_data_source, task_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,6 +125,8 @@ def csv_task(source: str | None, values: Mapping[str, Any]) -> TaskSpec:
     folder = Path(source or "").expanduser()
     if source is None or not folder.is_dir():
         raise ValueError(f"task=csv needs source=FOLDER with CSV files, got {source}")
+    name = options.name or Path(os.path.abspath(folder)).name
+    _check_name(name, folder)
     digests: dict[str, str] = {}
     listed = (folder / LABELS).is_file()
     found, names = (_read_files if listed else _read_rows)(folder, options, digests)
@@ -133,7 +137,6 @@ def csv_task(source: str | None, values: Mapping[str, Any]) -> TaskSpec:
     channels = found[0].series.shape[0]
     lengths = {one.series.shape[1] for one in found}
     _check_unit(options, names)
-    name = options.name or folder.name
     listing = f"{', '.join(classes[:-1])} or {classes[-1]}"
     question = options.question or f"The plot shows one recording of {name}. Which class is it?"
     return TaskSpec(
@@ -155,6 +158,17 @@ def csv_task(source: str | None, values: Mapping[str, Any]) -> TaskSpec:
         unit=options.unit,
         licence="the data set's own",
     )
+
+
+def _check_name(name: str, folder: Path) -> None:
+    """A task of the program keeps its name: its data folder and the reward of its rows are found by it."""
+    taken = {known.casefold() for known in task_names()}
+    source = f"{name.casefold()}_dataset"
+    if name.casefold() in taken or find_by_data_source(source) is not None:
+        raise ValueError(
+            f"source={folder}: {name!r} is the name of a task or data source of the program, whose data it would "
+            f"replace: choose another with csv.name=my_{name}"
+        )
 
 
 def _check_unit(options: CsvOptions, names: Sequence[str]) -> None:
@@ -291,7 +305,8 @@ def _label(cells: Sequence[str], header: Sequence[str], options: CsvOptions, whe
 def _read_rows(folder: Path, options: CsvOptions, digests: dict[str, str]) -> tuple[list[_Found], list[str]]:
     """Each row of each file is one series of one channel."""
     found: list[_Found] = []
-    paths = sorted(path for path in folder.glob("*.csv") if path.is_file())
+    # A hidden one is no data: macOS writes ._train.csv beside train.csv on foreign disks.
+    paths = sorted(path for path in folder.glob("*.csv") if path.is_file() and not path.name.startswith("."))
     if not paths:
         raise ValueError(f"{folder}: no .csv file there, and no {LABELS}")
     for path in paths:

@@ -231,3 +231,39 @@ def test_a_list_that_cannot_be_read_is_one_line_with_the_key(value: str, capsys:
     assert main(["task=csv", "source=.", f"csv.drop={value}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: csv.drop={value}: no list of words") and error.count("\n") == 1
+
+
+def test_hidden_files_are_no_series(tmp_path: Path) -> None:
+    folder = write_wide(tmp_path, {"train.csv": 9, "test.csv": 6})
+    (folder / "._train.csv").write_bytes(b"\0\5\x16\7\xff")
+    assert len(csv_task(str(folder), {"label": "kind"}).reader.read(None, None).train) == 9  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["har", "HAR", "gun_point", "computer"])
+def test_the_name_of_a_task_of_the_program_is_refused(name: str, tmp_path: Path) -> None:
+    folder = write_files(tmp_path, name=name)
+    with pytest.raises(ValueError, match=rf"/{name}: '{name}' is the name of a task .*csv\.name=my_{name}"):
+        csv_task(str(folder), {"drop": ["time"]})
+    assert csv_task(str(folder), {"drop": ["time"], "name": f"my_{name}"}).name == f"my_{name}"
+    with pytest.raises(ValueError, match=rf"csv\.name=my_{name}"):
+        csv_task(str(write_files(tmp_path / "other")), {"drop": ["time"], "name": name})
+
+
+def test_data_of_another_task_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, options = tmp_path / "out", ("csv.drop=[time]", "modality=numeric")
+    built(write_files(tmp_path), output, *options)
+    before = (output / "train.parquet").read_bytes()
+    other = write_files(tmp_path, name="fans")
+    assert main(["task=csv", f"source={other}", f"output={output}", *options]) == 2
+    error = capsys.readouterr().err
+    assert "data_card.json: the folder holds task 'pumps'" in error and "another output=" in error
+    assert "delete" in error and error.count("\n") == 1 and (output / "train.parquet").read_bytes() == before
+    assert built(other, output, *options, "overwrite=true")["task"] == "fans"
+    (output / "data_card.json").write_text("{}")
+    assert main(["task=csv", f"source={other}", f"output={output}", *options]) == 2
+    assert "is no data card" in capsys.readouterr().err
+
+
+def test_the_folder_one_stands_in_gives_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_files(tmp_path))
+    assert csv_task(".", {"drop": ["time"]}).name == "pumps"
