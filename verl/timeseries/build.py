@@ -87,6 +87,8 @@ class BuildResult:
     rows: Mapping[str, int]
     milliseconds_per_plot: float
     """Wall time over plots, all workers together; near zero when the cache held them or digits were written."""
+    cache: Path | None = None
+    """Folder of drawn plots that was used; None: no plots, or no cache."""
     warnings: tuple[str, ...] = ()
     """What a reader of results must know: said by the task, and found in the files."""
 
@@ -120,10 +122,14 @@ def parse_args(args: Sequence[str]) -> BuildConfig:
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f"{' '.join(others)}: {str(error).splitlines()[0]}") from error
     assert isinstance(values, BuildConfig), f"expected BuildConfig, got {type(values)}"
+    changes: dict[str, Any] = {}
     for key, text in texts.items():
         group, dot, name = key.partition(".")
-        values = replace(values, **{group: {**getattr(values, group), name: text} if dot else text})
-    return values
+        if dot:
+            changes[group] = {**changes.get(group, getattr(values, group)), name: text}
+        else:
+            changes[group] = text
+    return replace(values, **changes)
 
 
 def _kind(key: str) -> str:
@@ -179,7 +185,8 @@ def build(config: BuildConfig) -> BuildResult:
         (folder / "data_card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     counts = {name: len(indices) for name, indices in rows.items()}
     plots = sum(len(indices) for indices in kept.values())
-    return BuildResult(output, counts, drawing / plots * 1e3, tuple(card["warnings"]))
+    used = cache if config.modality == "image" else None
+    return BuildResult(output, counts, drawing / plots * 1e3, used, tuple(card["warnings"]))
 
 
 def _resolve(config: BuildConfig) -> tuple[TaskSpec, Path, Path | None]:
@@ -317,7 +324,13 @@ def main(args: Sequence[str] | None = None) -> int:
     for warning in result.warnings:
         print(f"warning: {warning}")
     drawing = "" if config.modality == "numeric" else f"{result.milliseconds_per_plot:.1f} ms per plot, "
-    print(f"{drawing}{time.perf_counter() - started:.1f} s in all")
+    # A second copy of every plot, in a hidden folder: who needs the disk must hear of it.
+    kept = (
+        ""
+        if result.cache is None
+        else f"; a copy of each plot is in {result.cache}, which may be deleted (cache=null: none)"
+    )
+    print(f"{drawing}{time.perf_counter() - started:.1f} s in all{kept}")
     return 0
 
 

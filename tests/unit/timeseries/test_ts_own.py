@@ -267,3 +267,11 @@ def test_data_of_another_task_are_not_replaced(tmp_path: Path, capsys: pytest.Ca
 def test_the_folder_one_stands_in_gives_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(write_files(tmp_path))
     assert csv_task(".", {"drop": ["time"]}).name == "pumps"
+
+
+def test_the_last_line_names_the_folder_of_drawn_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["task=csv", f"source={write_files(tmp_path)}", f"output={tmp_path / 'out'}", "workers=1", "limit=8"]
+    told = f"a copy of each plot is in {tmp_path / '.plot_cache'}, which may be deleted (cache=null: none)"
+    for extra, expected in ((), True), (("cache=null",), False), (("modality=numeric",), False):
+        assert main([*arguments, "csv.drop=[time]", *extra]) == 0
+        assert (told in capsys.readouterr().out.splitlines()[-1]) == expected
