@@ -2,6 +2,7 @@
 # The supervised start of CTU (make the data first: example/data_preprocess/ctu.sh). From the environment:
 #   MODEL_PATH=DIR   a Hugging Face folder to start from
 #   MODALITY=numeric the rows with digits in place of the plot (example/data_preprocess/ctu.sh modality=numeric)
+#   DATA=DIR         another data folder, such as that of written answers (docs/sft.md)
 #   N_GPUS=4         ranks on this machine (default: its GPUs; without one, 1 CPU process)
 # Its last checkpoint, checkpoints/TimeMaster_CTU/sft_image/global_step_N/actor/huggingface, is the MODEL_PATH of
 # example/grpo_trainer/run_ctu.sh. Arguments are overrides; they come last and win.

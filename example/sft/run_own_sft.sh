@@ -3,6 +3,7 @@
 #   NAME=pumps       name of the data set: its data lie in data/NAME_image (or DATA=DIR)
 #   MODEL_PATH=DIR   a Hugging Face folder to start from
 #   MODALITY=numeric the rows with digits in place of the plot (data step with modality=numeric)
+#   DATA=DIR         another data folder, such as that of written answers (docs/sft.md)
 #   N_GPUS=4         ranks on this machine (default: its GPUs; without one, 1 CPU process)
 # Its last checkpoint, checkpoints/TimeMaster_NAME/sft_image/global_step_N/actor/huggingface, is the MODEL_PATH of
 # example/grpo_trainer/run_own.sh. Arguments are overrides; they come last and win.
