@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # What the GRPO scripts of all tasks share; sourced by run_*.sh, which set MODEL_PATH, EVAL, PAPER, MODALITY, DATA, `task`.
+# Some also set `published` (a folder to start from when it is there), `task_name`, `batch` (prompts of a step; `rows`:
+# as many as there are, up to 64), and a function `complete_task`, called with the overrides once the model is known.
 # shellcheck disable=SC2154 # `task` is set by the script that sources this one
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -20,24 +22,49 @@ else
 fi
 
 if [[ $EVAL == True || $PAPER == True ]]; then
-    files=(data.train_files="$DATA/train.parquet" data.val_files="$DATA/test.parquet" trainer.keep_best=False)
+    train_file=$DATA/train.parquet
+    files=(data.train_files="$train_file" data.val_files="$DATA/test.parquet" trainer.keep_best=False)
 else
-    files=(data.train_files="$DATA/fit.parquet" data.val_files="$DATA/val.parquet" data.test_files="$DATA/test.parquet")
+    train_file=$DATA/fit.parquet
+    files=(data.train_files="$train_file" data.val_files="$DATA/val.parquet" data.test_files="$DATA/test.parquet")
 fi
-if [[ $EVAL == True && -z $MODEL_PATH ]]; then
+if [[ -z $MODEL_PATH && -n ${published:-} && -d $published ]]; then
+    MODEL_PATH=$published
+elif [[ $EVAL == True && -z $MODEL_PATH ]]; then
     echo "error: EVAL=True scores the weights of MODEL_PATH: name a folder, e.g. .../global_step_N/actor/huggingface" >&2
     exit 2
 elif [[ -z $MODEL_PATH ]]; then
     script=$(basename "$0" .sh)
     script=${script#run_}
-    task_name=${NAME:-$script}
+    task_name=${task_name:-$script}
     sft="checkpoints/TimeMaster_${task_name^^}/sft_$MODALITY"
     if [[ ! -f $sft/latest_checkpointed_iteration.txt ]]; then
-        echo "error: no checkpoint in $sft: run example/sft/run_${script}_sft.sh first, or set MODEL_PATH" >&2
+        echo "error: no checkpoint in $sft${published:+ and no $published}: run example/sft/run_${script}_sft.sh" \
+            "first, or set MODEL_PATH" >&2
         exit 2
     fi
     MODEL_PATH=$sft/global_step_$(<"$sft/latest_checkpointed_iteration.txt")/actor/huggingface
 fi
+echo "$(basename "$0"): weights of $MODEL_PATH"
+if declare -F complete_task >/dev/null; then
+    complete_task "$@"
+fi
+
+# Two updates a step. The published protocol has 64 prompts a step on every task.
+batch=${batch:-64}
+if [[ $batch == rows ]]; then
+    batch=64
+    if [[ -f $train_file ]]; then
+        rows=$(python3 -c 'import sys, pyarrow.parquet as p; print(p.read_metadata(sys.argv[1]).num_rows)' "$train_file")
+        ((rows >= 64)) || batch=$((rows > 1 ? rows - rows % 2 : 1))
+        echo "$(basename "$0"): $train_file has $rows rows"
+    fi
+elif [[ $PAPER == True ]]; then
+    batch=64
+fi
+# Every rank needs a prompt of each update: few rows on many GPUs make one update.
+mini_batch=$((batch / 2 < N_GPUS ? batch : batch / 2))
+echo "$(basename "$0"): $batch prompts a step, $mini_batch an update, unless overridden"
 # The prompt counts after image expansion; digits need more room than a plot.
 prompt_length=1024
 experiment=""
@@ -59,7 +86,7 @@ engine=(
 exec python3 -m verl.trainer.main_ppo \
     algorithm.adv_estimator=grpo \
     "${files[@]}" \
-    data.train_batch_size=64 \
+    data.train_batch_size="$batch" \
     data.max_prompt_length="$prompt_length" \
     data.max_response_length=1024 \
     data.filter_overlong_prompts=True \
@@ -69,7 +96,7 @@ exec python3 -m verl.trainer.main_ppo \
     actor_rollout_ref.model.use_remove_padding=True \
     actor_rollout_ref.model.enable_gradient_checkpointing=True \
     actor_rollout_ref.actor.optim.lr=1e-6 \
-    actor_rollout_ref.actor.ppo_mini_batch_size=32 \
+    actor_rollout_ref.actor.ppo_mini_batch_size="$mini_batch" \
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 \
     actor_rollout_ref.actor.use_kl_loss=True \
     actor_rollout_ref.actor.kl_loss_coef=0.01 \

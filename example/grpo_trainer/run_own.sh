@@ -19,6 +19,11 @@ MODALITY=${MODALITY:-image}
 DATA=${DATA:-./data/${NAME}_$MODALITY}
 
 # shellcheck disable=SC2034 # read by common.sh
+batch=rows
+# shellcheck disable=SC2034 # read by common.sh
+task_name=$NAME
+
+# shellcheck disable=SC2034 # read by common.sh
 task=("trainer.project_name=TimeMaster_${NAME^^}")
 # shellcheck source=example/grpo_trainer/common.sh disable=SC1091
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -17,6 +17,9 @@ MODALITY=${MODALITY:-image}
 DATA=${DATA:-./data/tee_$MODALITY}
 
 # shellcheck disable=SC2034 # read by common.sh
+batch=56 # all rows of fit
+
+# shellcheck disable=SC2034 # read by common.sh
 task=(trainer.project_name=TimeMaster_TEE)
 # shellcheck source=example/grpo_trainer/common.sh disable=SC1091
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
