@@ -28,6 +28,9 @@ else
     train_file=$DATA/fit.parquet
     files=(data.train_files="$train_file" data.val_files="$DATA/val.parquet" data.test_files="$DATA/test.parquet")
 fi
+# The SFT scripts' rule, so that reports before and after GRPO compare; the published protocol has its own.
+answer_format=strict
+[[ $PAPER == False ]] || answer_format=loose
 if [[ -z $MODEL_PATH && -n ${published:-} && -d $published ]]; then
     MODEL_PATH=$published
 elif [[ $EVAL == True && -z $MODEL_PATH ]]; then
@@ -110,6 +113,7 @@ exec python3 -m verl.trainer.main_ppo \
     actor_rollout_ref.rollout.n=5 \
     actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8 \
     actor_rollout_ref.ref.fsdp_config.param_offload=True \
+    reward.format="$answer_format" \
     trainer.critic_warmup=0 \
     trainer.logger="['console','wandb']" \
     trainer.experiment_name="qwen2.5_vl_3b_grpo_sft_rl$experiment" \

@@ -121,6 +121,17 @@ def test_emg_without_a_judge_says_what_to_set(tmp_path: Path) -> None:
     assert run("reward.judge.enable=False", MODEL_PATH="somewhere") == (0, "")
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_both_stages_and_eval_count_answers_by_one_rule(task: str, tmp_path: Path) -> None:
+    """Reports before and after GRPO compare. The published protocol keeps the published rule."""
+    settings = WITHOUT_JUDGE | {"MODEL_PATH": "somewhere", "DATA": str(tmp_path)}
+    sft = overrides_of(f"example/sft/run_{task}_sft.sh", tmp_path / "bin", **settings)
+    rl = [overrides_of(rl_script(task), tmp_path / "bin", **settings, EVAL=eval_) for eval_ in ("False", "True")]
+    assert [value(found, "reward.format") for found in (sft, *rl)] == ["strict"] * 3
+    paper = overrides_of(rl_script(task), tmp_path / "bin", **settings, PAPER="True", EVAL="True")
+    assert value(paper, "reward.format") == "loose"
+
+
 def test_emg_passes_the_judge_only_where_there_is_one(tmp_path: Path) -> None:
     """The run would warn of settings without effect that nobody made."""
     with_judge = {"MODEL_PATH": "somewhere", "JUDGE_KEY_ENV": "null", "JUDGE_URL": "http://here/v1"}
