@@ -15,6 +15,7 @@ launch=(python3)
 prompt_length=1024
 [[ $MODALITY == image ]] || prompt_length=${NUMERIC_PROMPT_LENGTH:-5120}
 
+# GRPO starts from the last checkpoint. No other stays: with the optimizer's state one of 3B parameters is about 50 GB.
 exec "${launch[@]}" -m verl.trainer.sft_trainer \
     data.train_files="$DATA/sft_fit.parquet" \
     data.val_files="$DATA/sft_val.parquet" \
@@ -32,4 +33,5 @@ exec "${launch[@]}" -m verl.trainer.sft_trainer \
     reward.format=strict \
     trainer.experiment_name="sft_$MODALITY" \
     trainer.total_epochs=4 \
+    trainer.max_actor_ckpt_to_keep=1 \
     "${task[@]}" "$@"

@@ -132,6 +132,13 @@ def test_both_stages_and_eval_count_answers_by_one_rule(task: str, tmp_path: Pat
     assert value(paper, "reward.format") == "loose"
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_sft_keeps_only_the_checkpoint_that_grpo_starts_from(task: str, tmp_path: Path) -> None:
+    settings = {"MODEL_PATH": "somewhere", "NAME": "pumps"}
+    found = overrides_of(f"example/sft/run_{task}_sft.sh", tmp_path / "bin", **settings)
+    assert value(found, "trainer.max_actor_ckpt_to_keep") == "1"
+
+
 def test_emg_passes_the_judge_only_where_there_is_one(tmp_path: Path) -> None:
     """The run would warn of settings without effect that nobody made."""
     with_judge = {"MODEL_PATH": "somewhere", "JUDGE_KEY_ENV": "null", "JUDGE_URL": "http://here/v1"}
