@@ -37,7 +37,8 @@ def row_of(found: BaselineScore, seeds: list[int]) -> rows.BenchmarkRow:
         value=found.accuracy,
         unit="accuracy",
         samples=found.n,
-        mode=f"{mode}standard error {found.standard_error:.4f}; macro-F1 {found.macro_f1:.4f}; {found.seconds:.1f} s",
+        mode=f"{mode}standard error (Wilson) {found.standard_error:.4f}; macro-F1 {found.macro_f1:.4f}; "
+        f"{found.seconds:.1f} s",
     )
 
 

@@ -7,7 +7,8 @@ lost to them; 1-NN is Euclidean on the values as they are.
 
 Invariants
 - A baseline sees the train part only (`fit` and `val` together) before it is scored on test.
-- Accuracy is of all test rows, with its standard error sqrt(p (1 - p) / n).
+- Accuracy is of all test rows, with its standard error: half the width of Wilson's score interval, which is not 0 at
+  accuracy 0 or 1.
 - Series of different lengths are stretched to the median length of train (linear interpolation), for all baselines.
 """
 
@@ -92,8 +93,18 @@ class BaselineScore:
 
     @property
     def standard_error(self) -> float:
-        """Of one accuracy, from the number of test rows."""
-        return float(np.sqrt(self.accuracy * (1 - self.accuracy) / self.n))
+        """Of one accuracy, from the number of test rows; see `wilson_half_width`."""
+        return wilson_half_width(self.accuracy, self.n)
+
+
+def wilson_half_width(share: float, n: int) -> float:
+    """Half the width of Wilson's score interval at one standard error (z = 1), of a share in [0, 1] of n >= 1 rows.
+
+    z / (1 + z^2 / n) * sqrt(p (1 - p) / n + z^2 / (4 n^2)): E. B. Wilson, Probable inference, the law of succession,
+    and statistical inference, JASA 22 (1927), 209-212. Far from 0 and 1 it is sqrt(p (1 - p) / n) but for 1 / n of it;
+    at 0 and 1, where that formula claims certainty, it is about 1 / (2 n).
+    """
+    return float(np.sqrt(share * (1 - share) / n + 1 / (4 * n * n)) / (1 + 1 / n))
 
 
 def score(task: TaskSpec, archive: Archive, baseline: str, seeds: Sequence[int]) -> BaselineScore:
@@ -126,7 +137,7 @@ def _stretched(channel: NDArray[np.float64], length: int) -> NDArray[np.float64]
 
 
 def table(scores: Sequence[BaselineScore]) -> str:
-    """One markdown row a task, one column a baseline: accuracy +- standard error / macro-F1, in percent."""
+    """One markdown row a task, one column a baseline: accuracy +- standard error (Wilson) / macro-F1, in percent."""
     by_task: dict[str, dict[str, BaselineScore]] = {}
     for found in scores:
         by_task.setdefault(found.task, {})[found.baseline] = found
@@ -166,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(scores))
-    print(f"accuracy +- sqrt(p(1-p)/n) / macro-F1, percent; seeds {args.seeds}")
+    print(f"accuracy +- standard error (Wilson) / macro-F1, percent; seeds {args.seeds}")
     return 0
 
 

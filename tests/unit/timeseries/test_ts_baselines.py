@@ -24,8 +24,21 @@ def test_majority_and_nearest_neighbour_are_their_definitions() -> None:
 def test_a_one_percent_difference_in_the_table_is_beside_its_standard_error() -> None:
     found = BaselineScore("ctu", "1-NN", 250, (0.57, 0.58), 0.57, 1.0)
     assert found.accuracy == pytest.approx(0.575)
-    assert found.standard_error == pytest.approx(math.sqrt(0.575 * 0.425 / 250))
+    assert found.standard_error == pytest.approx(math.sqrt(0.575 * 0.425 / 250), rel=0.01)
     assert "| ctu | 250 | 57.5 +- 3.1 / 57.0 |" in table([found])
+
+
+@pytest.mark.parametrize(("accuracy", "n"), [(1.0, 41), (0.0, 41), (0.9, 10), (0.575, 250)])
+def test_the_standard_error_solves_wilsons_equation_also_at_no_fault(accuracy: float, n: int) -> None:
+    found = BaselineScore("emg", "ROCKET", n, (accuracy,), accuracy, 1.0).standard_error
+    # The ends of the interval are the shares whose own standard error just reaches the one that was seen.
+    b, c = -(2 * accuracy + 1 / n), accuracy**2
+    low, high = sorted(np.roots([1 + 1 / n, b, c]).real)
+    assert found == pytest.approx((high - low) / 2) and found > 0
+
+
+def test_the_table_claims_no_certainty_at_no_fault() -> None:
+    assert "| emg | 41 | 100.0 +- 1.2 / 100.0 |" in table([BaselineScore("emg", "ROCKET", 41, (1.0,), 1.0, 1.0)])
 
 
 @pytest.mark.parametrize(("name", "folder", "accuracy"), [("ctu", "Computers", 0.576), ("tee", "Lightning7", 0.5753)])
