@@ -9,6 +9,7 @@ Invariants
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +20,9 @@ from verl.timeseries.style import PlotStyle
 from verl.utils.reward_score.parts import PUBLISHED, RewardPart, check_parts
 
 IMAGE = "<image>"
-PLOT, NUMBERS = "The plot", "The series of numbers"
-"""How questions name the picture, and what stands there in the numeric modality."""
+NUMBERS = {"The plot": "The series of numbers", "the plot": "the series of numbers"}
+"""How questions name the picture -> what stands there in the numeric modality; whole words only."""
+_PLOT = re.compile(rf"\b({'|'.join(NUMBERS)})\b")
 
 
 class DescriptionStyle(enum.Enum):
@@ -166,7 +168,7 @@ class TaskSpec:
 
     def numeric_question(self, length: int) -> str:
         """The question about the digits of a series of that length: of a plot it speaks as of numbers."""
-        question = self.full_question.replace(PLOT, NUMBERS)
+        question = _PLOT.sub(lambda found: NUMBERS[found[0]], self.full_question)
         return f"{question}\n{statement(length, self.numeric)}"
 
     def numeric_prompt(self, series: Series) -> str:

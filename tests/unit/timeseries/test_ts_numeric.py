@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,17 @@ def test_shortening_takes_means_of_blocks_and_keeps_the_mean(length: int, points
 def test_every_numeric_prompt_states_its_loss_and_speaks_of_no_picture(name: str) -> None:
     task = get_task(name)
     text = task.numeric_prompt(np.zeros((task.channels, task.length or 40)))
-    assert "<image>" not in text and "The plot" not in text and "rounded to" in text
+    assert "<image>" not in text and "the plot" not in text.lower() and "rounded to" in text
     assert all(label in text for label in task.classes) and text.endswith(task.answer_format)
+
+
+def test_a_question_may_name_the_plot_anywhere(tiny_task: TaskSpec) -> None:
+    question = "Look at the plot. The plot shows a pump, and the plotted unit is bar. What does the plot say?"
+    numbers = (
+        "Look at the series of numbers. The series of numbers shows a pump, and the plotted unit is bar. What does "
+    )
+    text = replace(tiny_task, question=question).numeric_question(12)
+    assert text.startswith(f"{numbers}the series of numbers say?\n")
 
 
 def test_both_modalities_have_the_same_rows_and_answers(
