@@ -33,7 +33,7 @@ from verl.timeseries.numeric import NumericFormat
 from verl.timeseries.own import CsvOptions, csv_task
 from verl.timeseries.plot import default_workers, draw_all
 from verl.timeseries.readers import SPLITS, Archive, Split
-from verl.timeseries.split import cut_split, resplit, stratified_cut, take
+from verl.timeseries.split import cut_val, resplit, stratified_cut, take
 from verl.timeseries.style import PlotStyle, override_style
 from verl.timeseries.task import TaskSpec
 from verl.timeseries.tasks import get_task
@@ -60,7 +60,7 @@ class BuildConfig:
     output: str | None = None
     """Null: `data/<task>_<modality>`."""
     seed: int = 1
-    """Of the cut into fit and val (and of `limit`)."""
+    """Of the cut into fit and val, where it is drawn (and of `limit`)."""
     workers: int | None = None
     """Processes that draw; null: every core."""
     limit: int | None = None
@@ -297,7 +297,7 @@ def _write(
             for row in kept[split]
         ]
     train = take(archive.train, kept["train"])
-    val, fit = cut_split(train, round(task.val_fraction * len(train)), seed)
+    val, fit = cut_val(task, train.labels, train.groups, seed)
     tables = {**made, "fit": [made["train"][i] for i in fit], "val": [made["train"][i] for i in val]}
     answers = [sft_answer(series, label, task) for series, label in zip(train.series, train.labels, strict=True)]
     for name, rows in tables.items():

@@ -119,6 +119,7 @@ def make_card(
         "majority_share": {name: round(max(counts[name].values()) / len(labels[name]), 4) for name in TABLES},
         "channels": task.channels,
         "points": sorted({series.shape[1] for part in ("train", "test") for series in parts[part].series}),
+        "val_cut": "the last rows of each class in train" if task.val_last else f"drawn by {archive.group_kind}",
         "group_kind": archive.group_kind,
         "groups": {name: len(set(part.groups or range(len(part)))) for name, part in parts.items()},
         "groups_shared": dict(overlaps.groups),

@@ -6,7 +6,7 @@ A `.txt` line that is no pair of numbers (two in each published file) takes its 
 Invariants
 - Every sample is finite. The `.dat` agrees, up to its wrap, with every line that can be read, or the error names it.
 - Windows do not overlap. Of each recording the first windows are train and the last are test, so that no test window
-  lies between two train windows.
+  lies between two train windows; the task's val is cut from the end of train in the same way.
 - Every fault is a ValueError that names the file, and the line (from 1) where there is one.
 """
 

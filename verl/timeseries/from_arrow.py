@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.timeseries.readers import SPLITS
-from verl.timeseries.split import stratified_cut
+from verl.timeseries.split import cut_val
 from verl.timeseries.task import TaskSpec
 from verl.timeseries.tasks import get_task
 
@@ -38,7 +38,7 @@ def write_tables(folder: Path, task: TaskSpec, *, seed: int = 1) -> dict[str, in
         )
     rows = {split: _read(folder, split, task) for split in SPLITS}
     labels = [row["reward_model"]["ground_truth"] for row in rows["train"]]
-    val, fit = stratified_cut(labels, round(task.val_fraction * len(labels)), seed)
+    val, fit = cut_val(task, labels, None, seed)
     tables = {**rows, "fit": [rows["train"][i] for i in fit], "val": [rows["train"][i] for i in val]}
     for name, of_table in tables.items():
         aside = folder / f".{name}.parquet.tmp"

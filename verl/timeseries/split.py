@@ -15,8 +15,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from verl.timeseries.readers import Archive, Split
+
+if TYPE_CHECKING:
+    from verl.timeseries.task import TaskSpec
 
 
 def _order(seed: int, row: int) -> bytes:
@@ -62,6 +66,33 @@ def grouped_cut(labels: Sequence[str], groups: Sequence[str], size: int, seed: i
     if not cut or len(cut) == len(labels):
         raise ValueError(f"cannot cut {size} of {len(labels)} rows: they come from {len(members)} groups, kept whole")
     return sorted(cut), sorted(set(range(len(labels))) - set(cut))
+
+
+def last_cut(labels: Sequence[str], size: int) -> tuple[list[int], list[int]]:
+    """(cut, rest): row numbers, the last rows of each class in the cut, in its proportion; `size` in all.
+
+    For rows that are windows of one recording a class, in order: drawn at random, nearly every row of the cut would lie
+    between two rows of the rest. Raises ValueError when `size` is not between 1 and the number of rows - 1.
+    """
+    if not 0 < size < len(labels):
+        raise ValueError(f"cannot cut {size} of {len(labels)} rows: both parts need at least one row")
+    missing = shares(Counter(labels), size)
+    cut: list[int] = []
+    for row in range(len(labels) - 1, -1, -1):
+        if missing[labels[row]]:
+            missing[labels[row]] -= 1
+            cut.append(row)
+    return sorted(cut), sorted(set(range(len(labels))) - set(cut))
+
+
+def cut_val(
+    task: TaskSpec, labels: Sequence[str], groups: Sequence[str] | None, seed: int
+) -> tuple[list[int], list[int]]:
+    """(val, fit): row numbers of train. `seed` has no effect where the task's val is the last rows of each class."""
+    size = round(task.val_fraction * len(labels))
+    if task.val_last:
+        return last_cut(labels, size)
+    return stratified_cut(labels, size, seed) if groups is None else grouped_cut(labels, groups, size, seed)
 
 
 def cut_split(split: Split, size: int, seed: int) -> tuple[list[int], list[int]]:

@@ -109,6 +109,8 @@ class TaskSpec:
     reward: tuple[RewardPart, ...] = PUBLISHED
     """Named parts of the reward, in order."""
     val_fraction: float = 0.2
+    val_last: bool = False
+    """Val is the last rows of each class in train, not drawn: for rows that are windows of one recording a class."""
     warnings: tuple[str, ...] = ()
     """What a reader of results must know; printed by the data step and kept in the data card."""
     download: Download | None = None
@@ -134,6 +136,8 @@ class TaskSpec:
             )
         if not 0 <= self.overlap < 1:
             raise ValueError(f"task {self.name}: overlap must lie in [0, 1), got {self.overlap}")
+        if self.val_last and self.overlap:
+            raise ValueError(f"task {self.name}: windows that overlap need a gap before a val of the last rows")
         check_parts(self.reward)
         self.plot.panels_for(self.channels)
 

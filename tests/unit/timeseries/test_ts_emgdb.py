@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -11,10 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from emgdb_fixture import GAIN, write_emgdb
 
-from verl.timeseries import TaskSpec, get_task
+from verl.timeseries import TaskSpec, get_task, tasks
+from verl.timeseries.build import BuildConfig, build
+from verl.timeseries.from_arrow import write_tables
 from verl.timeseries.readers import Archive, Split
 
 LENGTH = 40
@@ -25,6 +29,8 @@ DAMAGED = {
     # The wave is beyond 3.2767 mV around sample 40 and below -3.2767 mV around sample 120.
     "emg_neuropathy": {41: b"0.01025 5.0,0000", 121: b"nonsense"},
 }
+COUNTS = {"Healthy": (20, 7), "Myopathy": (44, 14), "Neuropathy": (58, 20)}
+"""Windows of fit and val."""
 RECORD_OF = {"Healthy": "emg_healthy", "Myopathy": "emg_myopathy", "Neuropathy": "emg_neuropathy"}
 
 
@@ -76,6 +82,31 @@ def test_windows_are_one_channel_and_the_first_are_train_the_last_test(task: Tas
     assert {series.shape for split in (archive.train, archive.test) for series in split.series} == {(1, LENGTH)}
     assert Counter(archive.train.labels) == {"Healthy": 4, "Myopathy": 8, "Neuropathy": 8}
     assert Counter(archive.test.labels) == {"Healthy": 1, "Myopathy": 2, "Neuropathy": 2}
+
+
+def rows_of(folder: Path, table: str) -> dict[str, list[int]]:
+    """Class -> rows of the archive's train part."""
+    found: dict[str, list[int]] = {}
+    for row in pq.read_table(folder / f"{table}.parquet", columns=["extra_info"])["extra_info"].to_pylist():
+        found.setdefault(row["answer"], []).append(row["index"])
+    return found
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_val_is_the_last_windows_of_each_recordings_train_part(
+    task: TaskSpec, folder: Path, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tasks._TASKS, "emg", task)
+    out = tmp_path / "out"
+    build(BuildConfig(task="emg", source=str(folder), output=str(out), workers=1, cache=None, seed=seed))
+    # Train holds 4, 8 and 8 windows, a quarter of them is val.
+    assert rows_of(out, "val") == {"Healthy": [3], "Myopathy": [10, 11], "Neuropathy": [18, 19]}
+    assert rows_of(out, "fit") == {"Healthy": [0, 1, 2], "Myopathy": [*range(4, 10)], "Neuropathy": [*range(12, 18)]}
+    card = json.loads((out / "data_card.json").read_text())
+    assert card["val_cut"] == "the last rows of each class in train"
+    before = {name: (out / f"{name}.parquet").read_bytes() for name in ("fit", "val")}
+    write_tables(out, task, seed=seed)
+    assert {name: (out / f"{name}.parquet").read_bytes() for name in before} == before
 
 
 def test_a_zip_gives_the_rows_and_digests_of_its_folder(task: TaskSpec, folder: Path) -> None:
@@ -187,6 +218,15 @@ def test_the_real_recordings_are_the_published_files_in_the_published_counts(rea
     assert (len(real.train), len(real.test)) == task.rows == (163, 41)
     total = Counter(real.train.labels) + Counter(real.test.labels)
     assert total == {"Healthy": 33, "Myopathy": 73, "Neuropathy": 98}
+
+
+def test_the_real_val_has_tf_cs_counts_and_lies_between_fit_and_test(archives: Path, tmp_path: Path) -> None:
+    source, out = archives / "physionet_emgdb", tmp_path / "out"
+    done = build(BuildConfig(task="emg", source=str(source), output=str(out), modality="numeric"))
+    assert [done.rows[name] for name in ("fit", "val", "test")] == [122, 41, 41]
+    fit, val = rows_of(out, "fit"), rows_of(out, "val")
+    assert {label: (len(fit[label]), len(val[label])) for label in RECORD_OF} == COUNTS
+    assert all(max(fit[label]) < min(val[label]) for label in RECORD_OF)
 
 
 def test_the_real_values_are_finite_and_have_the_published_range(real: Archive) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from verl.timeseries.readers import Archive, Split
-from verl.timeseries.split import grouped_cut, resplit, stratified_cut
+from verl.timeseries.split import grouped_cut, last_cut, resplit, stratified_cut
 
 LABELS = ["a"] * 50 + ["b"] * 30 + ["c"] * 7
 
@@ -77,6 +77,23 @@ def test_groups_that_hold_every_class_are_cut_too() -> None:
     labels, groups = list("abc") * 40, [f"person {i // 12}" for i in range(120)]
     cut, _ = grouped_cut(labels, groups, 24, seed=1)
     assert len(cut) == 24 and len({groups[row] for row in cut}) == 2
+
+
+@pytest.mark.parametrize("size", [3, 10, 44, 86])
+def test_a_cut_of_the_last_rows_is_behind_the_rest_of_its_class_and_has_its_share(size: int) -> None:
+    labels = [LABELS[row * 10 % len(LABELS)] for row in range(len(LABELS))]
+    cut, rest = last_cut(labels, size)
+    assert len(cut) == size and sorted(cut + rest) == list(range(len(labels)))
+    for label in set(labels):
+        ours = [row for row in cut if labels[row] == label]
+        assert max((row for row in rest if labels[row] == label), default=-1) < min(ours, default=len(labels))
+        assert abs(len(ours) - size * labels.count(label) / len(labels)) < 1
+
+
+@pytest.mark.parametrize("size", [0, 87])
+def test_an_empty_part_of_the_last_rows_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot cut {size} of 87 rows"):
+        last_cut(LABELS, size)
 
 
 def test_a_single_group_cannot_be_cut() -> None:

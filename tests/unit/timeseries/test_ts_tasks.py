@@ -66,6 +66,12 @@ def test_an_image_placeholder_in_the_question_is_refused(tiny_task: TaskSpec) ->
         replace(tiny_task, question="look at <image>")
 
 
+def test_a_val_of_the_last_windows_is_refused_where_windows_overlap(tiny_task: TaskSpec) -> None:
+    assert replace(tiny_task, val_last=True).val_last
+    with pytest.raises(ValueError, match="windows that overlap need a gap"):
+        replace(tiny_task, val_last=True, overlap=0.5)
+
+
 def test_panels_that_miss_a_channel_are_refused(tiny_task: TaskSpec) -> None:
     with pytest.raises(ValueError, match=r"draw channels \[0, 1\].* 1 channels"):
         replace(tiny_task, plot=replace(tiny_task.plot, panels=(Panel("both", (0, 1)),)))
