@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from verl.timeseries.readers import SPLITS, Archive, Series, Split
-from verl.timeseries.spectrogram import Spectrogram
+from verl.timeseries.spectrogram import SHORTEST, Spectrogram
 from verl.timeseries.split import cut_split, take
 from verl.timeseries.style import GRID, LINE, LINES, PlotStyle, spectrogram_style
 from verl.timeseries.task import ClassSpec, TaskSpec
@@ -149,7 +149,7 @@ def csv_task(source: str | None, values: Mapping[str, Any]) -> TaskSpec:
             "<class> </class>, and nothing after it."
         ),
         reader=LoadedReader(archive),
-        plot=_style(options, channels, names),
+        plot=_style(options, channels, names, _shortest(found, options)),
         channels=channels,
         length=lengths.pop() if len(lengths) == 1 else None,
         rows=None,
@@ -182,7 +182,19 @@ def _check_unit(options: CsvOptions, names: Sequence[str]) -> None:
             )
 
 
-def _style(options: CsvOptions, channels: int, names: Sequence[str]) -> PlotStyle:
+def _shortest(found: Sequence[_Found], options: CsvOptions) -> int:
+    """Points of the shortest series. Raises ValueError where they are too few for the plot that is asked for."""
+    shortest = min(found, key=lambda one: one.series.shape[1])
+    points = shortest.series.shape[1]
+    if options.plot == "spectrogram" and points < SHORTEST:
+        raise ValueError(
+            f"{shortest.where}: a series of {points} points is too short for csv.plot=spectrogram, which needs "
+            f"{SHORTEST}: use line, lines or grid"
+        )
+    return points
+
+
+def _style(options: CsvOptions, channels: int, names: Sequence[str], shortest: int) -> PlotStyle:
     kind = options.plot or ("line" if channels == 1 else "lines" if channels <= 4 else "grid")
     y_label = options.y_label
     if y_label is None:
@@ -190,7 +202,14 @@ def _style(options: CsvOptions, channels: int, names: Sequence[str]) -> PlotStyl
     channel_names = tuple(names) if channels > 1 else ()
     if kind == "spectrogram":
         assert options.rate is not None, "checked with the options"
-        return replace(spectrogram_style(Spectrogram(rate=options.rate)), title=options.title)
+        style = spectrogram_style(Spectrogram.fitting(options.rate, shortest))
+        if channels > 1:
+            columns = 1 if channels <= 3 else 2
+            # 100 pixels a row, in whole vision tokens; the names stand in the gaps.
+            height = -(-(74 + 100 * -(-channels // columns)) // 28) * 28
+            top = 36 if options.title else style.top
+            style = replace(style, height=max(style.height, height), columns=columns, gap=20, top=top)
+        return replace(style, title=options.title, channel_names=channel_names)
     style = {"line": LINE, "lines": LINES, "grid": GRID}[kind]
     if kind == "grid":
         rows = -(-channels // style.columns)

@@ -34,11 +34,12 @@ from matplotlib.font_manager import FontProperties
 from numpy.typing import NDArray
 from PIL import Image
 
+from verl.timeseries.legend import ABOVE, LOOK, LegendPlan, Ruler, plan_legend
 from verl.timeseries.readers import Series
 from verl.timeseries.spectrogram import Spectrogram, power
 from verl.timeseries.style import Panel, PlotStyle
 
-RENDER_VERSION = 2
+RENDER_VERSION = 3
 """Raise it when this file draws differently, so that cached plots are not reused."""
 
 _FONT = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
@@ -46,6 +47,8 @@ _LOCK = threading.Lock()
 _PER_TASK = 16
 _LEGEND_ROOM = 14
 """Pixels between two panels from which on a legend stands between them."""
+_LEGEND_ROWS = 4
+"""Most rows of a legend, where the canvas has the height."""
 _WORTH_PROCESSES = 128
 """Below that many plots, starting processes takes longer than drawing."""
 _pinned = False
@@ -89,6 +92,9 @@ class _Canvas:
         self.lines: dict[int, Any] = {}
         self.pictures: dict[int, Any] = {}
         self.legends_above = len(self.panels) <= style.columns or style.gap >= _LEGEND_ROOM
+        self.ruler = Ruler(style.dpi)
+        self.legends = {panel: self._plan(number, panel) for number, panel in enumerate(self.panels)}
+        self.top = self._top()
         self.axes = [self._add_panel(number, panel) for number, panel in enumerate(self.panels)]
         self.changing = [
             artist
@@ -105,13 +111,50 @@ class _Canvas:
         self.background: Any = None
         self.length = 0
 
+    @property
+    def columns(self) -> int:
+        return min(self.style.columns, len(self.panels))
+
+    @property
+    def panel_width(self) -> float:
+        """Pixels."""
+        style = self.style
+        return (style.width - style.left - style.right - style.column_gap * (self.columns - 1)) / self.columns
+
+    def _names(self, panel: Panel) -> list[str]:
+        """Of the panel's channels, as far as they have one."""
+        return [self.style.channel_names[c] for c in panel.channels if c < len(self.style.channel_names)]
+
+    def _plan(self, number: int, panel: Panel) -> LegendPlan | None:
+        """The panel's legend; None where it has none."""
+        style, names = self.style, self._names(panel)
+        if not names or not style.legend or style.spectrogram is not None:
+            return None
+        rows, room = 1, self.panel_width
+        if len(self.panels) == 1:
+            half_of_the_plot = (style.height - style.bottom - style.top) // 2
+            rows = min(_LEGEND_ROWS, max(1, half_of_the_plot // _LEGEND_ROOM))
+        elif not self.legends_above:
+            # Inside the panel, off its frame.
+            rows, room = _LEGEND_ROWS, room - _LEGEND_ROOM
+        beside = style.title and number == 0 and self.columns == 1 and self.legends_above
+        title = self.ruler.text(style.title, _font(style.title_size))[0] if beside else 0.0
+        return plan_legend(names, room, self.ruler, _font(style.tick_size), rows=rows, title_width=title)
+
+    def _top(self) -> float:
+        """Pixels above the first panel: the style's, or more for a legend of several rows or a title above it."""
+        plan = self.legends[self.panels[0]]
+        if plan is None or not self.legends_above or (plan.rows == 1 and not plan.title_above):
+            return self.style.top
+        title = self.ruler.text(self.style.title, _font(self.style.title_size))[1] + 4 if plan.title_above else 0
+        return max(self.style.top, plan.height + title + 4)
+
     def _add_panel(self, number: int, panel: Panel) -> Any:
-        style, count = self.style, len(self.panels)
-        columns = min(style.columns, count)
+        style, count, columns = self.style, len(self.panels), self.columns
         rows = -(-count // columns)
         row, column = divmod(number, columns)
-        height = (style.height - style.bottom - style.top - style.gap * (rows - 1)) / rows
-        width = (style.width - style.left - style.right - style.column_gap * (columns - 1)) / columns
+        height = (style.height - style.bottom - self.top - style.gap * (rows - 1)) / rows
+        width = self.panel_width
         bottom = style.bottom + (rows - 1 - row) * (height + style.gap)
         left = style.left + column * (width + style.column_gap)
         axes = self.figure.add_axes(
@@ -125,12 +168,22 @@ class _Canvas:
         else:
             self._add_picture(axes, panel, style.spectrogram)
         self._add_text(axes, middle=bottom + height / 2, first_column=column == 0, last_row=number + columns >= count)
-        if style.title and number == 0 and columns == 1:
-            beside_legend = self.legends_above and bool(axes.get_legend_handles_labels()[1])
+        if self.legends[panel] is not None:
+            self._add_legend(axes, panel)
+        if style.title and number == 0:
+            self._add_title(axes, panel)
+        return axes
+
+    def _add_title(self, axes: Any, panel: Panel) -> None:
+        """Above the first panel, or at the top of the canvas where names or panels stand beside each other."""
+        style, plan = self.style, self.legends[panel]
+        named_picture = style.spectrogram is not None and bool(self._names(panel))
+        if self.columns == 1 and not named_picture and not (plan and plan.title_above):
+            beside_legend = self.legends_above and plan is not None
             axes.set_title(
                 style.title, loc="left" if beside_legend else "center", fontproperties=_font(style.title_size)
             )
-        elif style.title and number == 0:
+        else:
             self.figure.text(
                 (style.left + style.width - style.right) / 2 / style.width,
                 1 - 4 / style.height,
@@ -139,18 +192,17 @@ class _Canvas:
                 verticalalignment="top",
                 fontproperties=_font(style.title_size),
             )
-        return axes
 
     def _add_lines(self, axes: Any, panel: Panel) -> None:
-        style = self.style
+        style, plan = self.style, self.legends[panel]
+        names = plan.names if plan is not None else ()
         for position, channel in enumerate(panel.channels):
-            named = style.legend and channel < len(style.channel_names)
             (self.lines[channel],) = axes.plot(
                 [0.0, 1.0],
                 [0.0, 1.0],
                 linewidth=style.line_width,
                 color=style.colors[position % len(style.colors)],
-                label=style.channel_names[channel] if named else None,
+                label=names[position] if position < len(names) else None,
             )
         if panel.limits is not None:
             axes.set_ylim(*panel.limits)
@@ -158,6 +210,10 @@ class _Canvas:
     def _add_picture(self, axes: Any, panel: Panel, spectrogram: Spectrogram) -> None:
         if len(panel.channels) != 1 or panel.limits is not None:
             raise ValueError(f"style: panel {panel.name!r} of a spectrogram must hold one channel and no limits")
+        if names := self._names(panel):
+            font = _font(self.style.tick_size)
+            name = self.ruler.shortened(names[0], self.panel_width, font)
+            axes.set_title(name, loc="right", pad=2.0, fontproperties=font)
         self.pictures[panel.channels[0]] = axes.imshow(
             np.zeros((2, 2)),
             origin="lower",
@@ -184,8 +240,6 @@ class _Canvas:
                 verticalalignment="center",
                 fontproperties=_font(style.label_size),
             )
-        if axes.get_legend_handles_labels()[1]:
-            self._add_legend(axes)
         if not style.ticks:
             axes.set_xticks([])
             axes.set_yticks([])
@@ -196,14 +250,13 @@ class _Canvas:
             for tick in axis.get_major_ticks():
                 tick.label1.set_fontproperties(_font(style.tick_size))
 
-    def _add_legend(self, axes: Any) -> None:
+    def _add_legend(self, axes: Any, panel: Panel) -> None:
         """Above the axes where there is room: it hides no data there, and is drawn once."""
-        names = axes.get_legend_handles_labels()[1]
-        look = {"prop": _font(self.style.tick_size), "ncols": len(names), "handlelength": 1.2, "columnspacing": 1.0}
+        plan = self.legends[panel]
+        assert plan is not None, f"panel {panel.name} has no legend"
+        look: dict[str, Any] = {"prop": _font(self.style.tick_size), "ncols": plan.columns, **LOOK}
         if self.legends_above:
-            axes.legend(
-                loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, borderaxespad=0.1, borderpad=0.1, **look
-            )
+            axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), **ABOVE, **look)
         else:
             axes.legend(loc="upper right", borderpad=0.2, **look)
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+SHORTEST = 32
+"""Points; in fewer, no window shows both time and frequency."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrogram:
@@ -36,6 +39,18 @@ class Spectrogram:
             )
         if not 0 <= self.low < self.top <= self.rate / 2:
             raise ValueError(f"style.spectrogram: needs 0 <= low < high <= {self.rate / 2:g} Hz, got {self}")
+
+    @classmethod
+    def fitting(cls, rate: float, length: int) -> Spectrogram:
+        """For series of `length` points or more: the window is a power of two of at most a quarter of it and 256, and
+        the picture has 16 columns or more.
+
+        Raises ValueError below 32 points.
+        """
+        if length < SHORTEST:
+            raise ValueError(f"a spectrogram needs series of {SHORTEST} points or more, got {length}")
+        window = min(256, 1 << ((length // 4).bit_length() - 1))
+        return cls(rate=rate, window=window, hop=min(window // 8, (length - window) // 15))
 
     @property
     def top(self) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,21 @@ import pytest
 from verl.protocol import Prompt
 from verl.timeseries.build import main, parse_args
 from verl.timeseries.own import csv_task
+from verl.timeseries.plot import draw
+from verl.timeseries.spectrogram import power
 from verl.utils.reward_score import known_classes
 from verl.workers.reward_manager.manager import RewardItem, RewardManager
 
 RNG = np.random.default_rng(0)
 
 
-def write_files(folder: Path, *, count: int = 20, group: bool = True, name: str = "pumps") -> Path:
-    """labels.csv and `count` files of two channels and 30 steps; two files a machine."""
+def write_files(folder: Path, *, count: int = 20, group: bool = True, name: str = "pumps", steps: int = 30) -> Path:
+    """labels.csv and `count` files of two channels and `steps` steps; two files a machine."""
     folder = folder / name
     folder.mkdir(parents=True)
     lines = ["file,label" + (",group" if group else "")]
     for i in range(count):
-        values = RNG.normal(size=(30, 2))
+        values = RNG.normal(size=(steps, 2))
         rows = [f"{step * 0.01:.2f},{a:.3f},{b:.3f}" for step, (a, b) in enumerate(values)]
         (folder / f"s{i}.csv").write_text("time,pressure,flow\n" + "\n".join(rows) + "\n")
         lines.append(f"s{i}.csv,{('ok', 'worn')[i // 2 % 2]}" + (f",machine {i // 2}" if group else ""))
@@ -84,10 +88,30 @@ def test_the_declared_order_of_the_classes_is_that_of_their_ids(tmp_path: Path) 
 
 @pytest.mark.parametrize("plot", ["line", "lines", "grid", "spectrogram"])
 def test_every_plot_style_draws(plot: str, tmp_path: Path) -> None:
-    card = built(
-        write_files(tmp_path), tmp_path / "out", "csv.drop=[time]", f"csv.plot={plot}", "csv.rate=100", "limit=8"
-    )
+    folder = write_files(tmp_path, steps=40)
+    card = built(folder, tmp_path / "out", "csv.drop=[time]", f"csv.plot={plot}", "csv.rate=100", "limit=8")
     assert card["vision_tokens"] == card["canvas"][0] // 28 * (card["canvas"][1] // 28)
+
+
+def test_a_spectrogram_of_short_series_has_columns_and_names_its_channels(tmp_path: Path) -> None:
+    task = csv_task(
+        str(write_files(tmp_path, steps=60)), {"drop": ["time"], "plot": "spectrogram", "rate": 100.0, "title": "Pumps"}
+    )
+    assert task.plot.spectrogram is not None and task.plot.channel_names == ("pressure", "flow")
+    series = task.reader.read(None, task).train.series[0]
+    assert power(series[0], task.plot.spectrogram).shape[1] >= 16
+    plain = replace(task.plot, channel_names=())
+    assert draw(series, task.plot) != draw(series, plain)
+
+
+def test_a_spectrogram_of_too_few_points_is_an_error_naming_the_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_files(tmp_path)
+    arguments = ["task=csv", f"source={folder}", "csv.drop=[time]", "csv.plot=spectrogram", "csv.rate=100"]
+    assert main([*arguments, f"output={tmp_path / 'out'}"]) == 2
+    message = r"labels\.csv, line 2: a series of 30 points is too short for csv\.plot=spectrogram, which needs 32"
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
 def test_rows_are_scored_by_the_classes_that_they_carry(tmp_path: Path) -> None:

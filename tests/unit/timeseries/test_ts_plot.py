@@ -197,6 +197,19 @@ def test_a_rising_tone_rises_in_the_spectrogram_whatever_its_scale() -> None:
     assert np.allclose(power(tone * 1000, of), values)
 
 
+@pytest.mark.parametrize("length", [32, 33, 50, 63, 64, 127, 128, 300, 511, 512, 900, 1024, 4000])
+def test_a_window_that_fits_the_length_gives_columns_and_rows(length: int) -> None:
+    of = Spectrogram.fitting(100.0, length)
+    rows, columns = power(walk(0, length=length)[0], of).shape
+    assert columns >= 16 and rows >= 5 and of.window & (of.window - 1) == 0
+    assert length < 1024 or of == Spectrogram(rate=100.0)
+
+
+def test_a_window_for_too_few_points_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs series of 32 points or more, got 31"):
+        Spectrogram.fitting(100.0, 31)
+
+
 def test_a_silent_clip_draws_an_empty_spectrogram() -> None:
     assert not power(np.ones(4000), Spectrogram(rate=2000.0)).any()
 
