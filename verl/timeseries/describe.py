@@ -3,6 +3,7 @@
 Invariants
 - `describe` takes the series and the task, never the label: rows with the same values get the same text.
 - Every word comes from the fixed phrases below and the task's panel and channel names; numbers carry a unit.
+- Where the task draws a spectrogram, what is measured is that spectrogram.
 - Measures do not change when a series without fixed limits is shifted or scaled; only the span in the task's unit does.
 """
 
@@ -15,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verl.timeseries.readers import Series
+from verl.timeseries.ridge import Sound, listen
+from verl.timeseries.spectrogram import Spectrogram
 from verl.timeseries.style import Panel
 from verl.timeseries.task import DescriptionStyle, TaskSpec
 
@@ -84,6 +87,11 @@ class Measures:
     """Largest step as a share of the range."""
     levels: int
     """How many of 20 equal bands of the range hold at least one percent of the points."""
+
+    @property
+    def has_phases(self) -> bool:
+        """The high runs are phases: in noise the bridged gaps make one of what is low half the time."""
+        return bool(self.high_runs) and sum(self.high_runs) - self.high <= 0.1
 
 
 def measure(values: Channel) -> Measures:
@@ -155,8 +163,11 @@ def _hertz(m: Measures, task: TaskSpec, length: int) -> str:
     if not _is_short(task, length) or m.cycles == 0.0 or m.rhythm < RHYTHM[0][0]:
         return ""
     assert task.time_step is not None
-    hertz = m.cycles / (length * task.time_step)
-    return f" near {_number(hertz)} Hz" if hertz < 1000 else f" near {_number(hertz / 1000)} kHz"
+    return f" near {_frequency(m.cycles / (length * task.time_step))}"
+
+
+def _frequency(hertz: float) -> str:
+    return f"{_number(hertz)} Hz" if hertz < 1000 else f"{_number(hertz / 1000)} kHz"
 
 
 def _span(values: Channel, task: TaskSpec) -> str:
@@ -207,11 +218,17 @@ def _full(series: Series, task: TaskSpec) -> str:
     return _full_channel(series[0], measure(series[0]), task)
 
 
+def _names(task: TaskSpec, channels: int) -> list[str]:
+    """The plot's names; numbers where it has none."""
+    given = task.plot.channel_names[:channels]
+    return [*given, *(f"channel {i + 1}" for i in range(len(given), channels))]
+
+
 def _full_channels(series: Series, task: TaskSpec) -> str:
     """One sentence a channel, then which moves most and least, then the peaks of the one that moves most."""
-    names = [*task.plot.channel_names, *(f"channel {i + 1}" for i in range(len(task.plot.channel_names), len(series)))]
+    names = _names(task, len(series))
     text = []
-    for name, channel in zip(names, series, strict=False):
+    for name, channel in zip(names, series, strict=True):
         m = measure(channel)
         span = f"spans {_span(channel, task)}, " if task.unit else ""
         rhythm = f"{_word(m.rhythm, *RHYTHM)} rhythm{_hertz(m, task, series.shape[1])}"
@@ -231,7 +248,7 @@ def _full_channel(values: Channel, m: Measures, task: TaskSpec) -> str:
     ]
     if task.unit:
         text.append(f"It spans {_span(values, task)}.")
-    if m.high_runs:
+    if m.has_phases:
         number = len(m.high_runs)
         phases = "is one high phase" if number == 1 else f"are {_count(number)} high phases"
         text.append(f"There {phases}, the longest {_duration(max(m.high_runs), task, length)}.")
@@ -240,6 +257,41 @@ def _full_channel(values: Channel, m: Measures, task: TaskSpec) -> str:
     text.append(f"There is {_word(m.rhythm, *RHYTHM)} rhythm{_hertz(m, task, length)}.")
     text.append(_peak_sentence(values, task))
     return " ".join(filter(None, text))
+
+
+def _sounds(series: Series, task: TaskSpec, of: Spectrogram) -> str:
+    """A channel after the other, by name where there are several."""
+    texts = [_sound(listen(channel, of), task.description) for channel in series]
+    if len(texts) == 1:
+        return texts[0]
+    return " ".join(f"{name}: {text}" for name, text in zip(_names(task, len(series)), texts, strict=True))
+
+
+def _sound(sound: Sound | None, style: DescriptionStyle) -> str:
+    """The ridge; in full texts then the loudest part and the steady band."""
+    if sound is None:
+        return "The signal is silent."
+    ridge = sound.ridge
+    if ridge is None:
+        text = "No ridge stands out."
+    else:
+        course = ("keeps level", "rises", "falls")[ridge.rises]
+        text = (
+            f"A ridge runs from {_frequency(ridge.start_hertz)} at {_number(ridge.start)} s to "
+            f"{_frequency(ridge.end_hertz)} at {_number(ridge.end)} s: it {course}, "
+            f"{ridge.level:.0f} dB above the usual level of its frequencies."
+        )
+    if style is DescriptionStyle.SHORT:
+        return text
+    steady = "No frequency is loud all the time."
+    if sound.steady_hertz is not None:
+        steady = (
+            f"A steady band lies near {_frequency(sound.steady_hertz)}, {sound.steady_level:.0f} dB above the others."
+        )
+    return (
+        f"{text} The loudest part is at {_number(sound.loudest)} s near {_frequency(sound.loudest_hertz)}, "
+        f"{sound.loudest_level:.0f} dB above the median level. {steady}"
+    )
 
 
 def _strength(values: Series, panel: Panel) -> str:
@@ -266,10 +318,13 @@ def describe(series: Series, task: TaskSpec) -> str:
 
     Full: sentences on change, level, span, phases, steps and trend, highest value, rhythm and peaks; with several
     channels one on each, and how they compare. Short: one of 8 to 14 words, for models of a few million parameters.
+    Of a spectrogram: the ridge, the loudest part and the steady band of each channel; short: the ridge.
     Raises ValueError when the series does not have the task's channels.
     """
     if series.ndim != 2 or series.shape[0] != task.channels:
         raise ValueError(f"task {task.name} has {task.channels} channels, got a series of shape {series.shape}")
+    if task.plot.spectrogram is not None:
+        return _sounds(series, task, task.plot.spectrogram)
     return (_short if task.description is DescriptionStyle.SHORT else _full)(series, task)
 
 
@@ -281,8 +336,10 @@ def extension(series: Series, label: str, task: TaskSpec) -> str:
     suggestion = task.suggestions[label]
     peak = float(np.abs(series[0] - np.median(series[0])).max())
     m = measure(series[0])
-    phases = "one high phase" if len(m.high_runs) == 1 else f"{_count(len(m.high_runs))} high phases"
-    facts = f"The largest peak is {peak:.1f} {task.unit} from the middle, with {_word(m.levels, *LEVELS)} and {phases}."
+    phases = ""
+    if m.has_phases:
+        phases = " and one high phase" if len(m.high_runs) == 1 else f" and {_count(len(m.high_runs))} high phases"
+    facts = f"The largest peak is {peak:.1f} {task.unit} from the middle, with {_word(m.levels, *LEVELS)}{phases}."
     return f"{facts} {suggestion.strong if peak >= suggestion.strong_from else suggestion.weak} {suggestion.then}"
 
 
