@@ -139,7 +139,7 @@ def rows_and_curves(
             if run.task == task:
                 by_engine.setdefault(run.engine, {})[run.seed] = found
         for engine, seeds in by_engine.items():
-            stages = f"{engine} engine" if recipe.rl_steps else "SFT alone"
+            stages = f"{engine} engine" if recipe.rl_steps else f"SFT alone on {recipe.taught}"
             workload = f"{task} ({recipe.modality}), {stages}{suffix}"
             made += rows_of(workload, seeds, rows.parameters_of(Run(task, min(seeds), engine).folder(recipe) / "tiny"))
             if recipe.rl_steps:
@@ -174,6 +174,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    if not args.rl_steps and len(args.engine) > 1:
+        raise SystemExit("--rl-steps 0 has no engine to compare: give one --engine")
     for task in args.tasks:
         get_task(task)
     shared = [field.name for field in fields(Recipe) if field.name != "folder"]

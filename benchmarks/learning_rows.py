@@ -10,6 +10,8 @@ from typing import Any
 import rows
 from scipy.stats import binomtest
 
+from verl.timeseries.baselines import wilson_half_width
+
 _EDGE = 10  # steps at each end of the reward curve that are compared
 _UNITS = {"acc": "accuracy", "f1": "macro-F1", "failure": "of the answers"}
 
@@ -53,7 +55,7 @@ def _mean(name: str, found: Found) -> dict[str, Any]:
     if len(values) > 1:
         mode += f"; standard deviation over seeds {statistics.stdev(values.values()):.3f}"
     if "acc" in name:
-        mode += f"; standard error of one seed's rows {(mean * (1 - mean) / n) ** 0.5:.3f}"
+        mode += f"; standard error of one seed's rows (Wilson) {wilson_half_width(mean, n):.3f}"
     unit = _UNITS.get(name.rpartition("_")[2], "accuracy")
     return {"row": name, "value": mean, "unit": unit, "samples": n, "mode": mode}
 

@@ -41,6 +41,11 @@ class Recipe:
     start: str
     """A key of `STARTS`."""
 
+    @property
+    def taught(self) -> str:
+        """The rows of SFT, in words."""
+        return "all rows" if self.sft_share == 1 else f"{self.sft_share:.0%} of the rows"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -51,7 +56,8 @@ class Run:
     engine: str
 
     def folder(self, recipe: Recipe) -> Path:
-        return recipe.folder / f"{self.task}_{recipe.modality}_{self.engine}_seed{self.seed}"
+        stages = self.engine if recipe.rl_steps else "sft_alone"
+        return recipe.folder / f"{self.task}_{recipe.modality}_{stages}_seed{self.seed}"
 
 
 def _sampling(prefix: str) -> list[str]:

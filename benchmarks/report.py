@@ -13,6 +13,8 @@ from typing import Any
 
 import rows
 
+from verl.timeseries.baselines import wilson_half_width
+
 Row = Mapping[str, Any]
 
 _TASKS = ("ctu", "har", "ecg", "emg", "tee", "rcw")
@@ -68,8 +70,8 @@ def _by_workload(found: Sequence[Row]) -> dict[str, dict[str, Row]]:
 
 
 def with_error(row: Row) -> str:
-    """Mean over seeds and the standard error that its test rows leave: seeds share them, so more seeds do not help."""
-    return f"{row['value']:.3f} ± {(row['value'] * (1 - row['value']) / row['samples']) ** 0.5:.3f}"
+    """Mean over seeds and the standard error (Wilson) of its test rows, which seeds share: more do not help."""
+    return f"{row['value']:.3f} ± {wilson_half_width(row['value'], row['samples']):.3f}"
 
 
 def added(row: Row) -> str:
@@ -83,19 +85,19 @@ def learning(results: Mapping[str, Sequence[Row]]) -> str:
     baselines = {row["row"]: row["value"] for row in results["baselines"]}
     trained = _by_workload(results["learning"])
     head = ("task", "test rows", "majority", "1-NN", "ROCKET", "after SFT", "after GRPO", "added", "macro-F1")
-    controls = any("SFT alone" in workload for workload in trained)
+    controls = any("SFT alone on all rows" in workload for workload in trained)
     head += ("SFT alone, all rows",) * controls + ("parameters", "start")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for task in _TASKS:
         for suffix, start in _STARTS.items():
             if not (found := trained.get(f"{task} (image), hf engine{suffix}")):
                 continue
-            alone = trained.get(f"{task} (image), SFT alone{suffix}")
+            alone = trained.get(f"{task} (image), SFT alone on all rows{suffix}")
             after = found["rl_acc"]
             cells = [
                 *(f"`{task}`", str(after["samples"])),
                 *(_shown(baselines, f"{task} {name}") for name in ("majority", "1-NN")),
-                _shown(baselines, f"{task} ROCKET") or f"{_shown(baselines, f'{task} MiniRocket')} (Mini)",
+                _shown(baselines, f"{task} ROCKET") or _shown(baselines, f"{task} MiniRocket", " (Mini)"),
                 *(with_error(found["sft_acc"]), with_error(after), added(found["gain"])),
                 f"{found['sft_f1']['value']:.3f} → {found['rl_f1']['value']:.3f}",
                 *(("" if alone is None else with_error(alone["sft_acc"]),) * controls),
@@ -106,8 +108,8 @@ def learning(results: Mapping[str, Sequence[Row]]) -> str:
     return "\n".join(lines)
 
 
-def _shown(values: Mapping[str, float], name: str) -> str:
-    return f"{values[name]:.3f}" if name in values else ""
+def _shown(values: Mapping[str, float], name: str, remark: str = "") -> str:
+    return f"{values[name]:.3f}{remark}" if name in values else ""
 
 
 def modalities(results: Mapping[str, Sequence[Row]]) -> str:

@@ -21,7 +21,7 @@ def tree() -> str:
     def git(*args: str) -> bytes:
         return subprocess.run(["git", *args], cwd=rows.ROOT, capture_output=True, check=True).stdout
 
-    changes = git("diff", "HEAD", "--", ".", ":!README.md", ":!benchmarks/results")
+    changes = git("diff", "HEAD", "--", ".", ":!README.md", ":!benchmarks/README.md", ":!benchmarks/results")
     return git("rev-parse", "HEAD").decode().strip() + (hashlib.sha256(changes).hexdigest()[:12] if changes else "")
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What the GRPO scripts of all tasks share; sourced by run_*.sh, which set MODEL_PATH, EVAL, PAPER, MODALITY, DATA, `task`.
-# Some also set `published` (a folder to start from when it is there), `task_name`, `batch` (prompts of a step; `rows`:
+# Some also set `_published` (a folder to start from when it is there), `_task_name`, `_batch` (prompts of a step; `rows`:
 # as many as there are, up to 64), and a function `complete_task`, called with the overrides once the model is known.
 # shellcheck disable=SC2154 # `task` is set by the script that sources this one
 set -euo pipefail
@@ -31,18 +31,18 @@ fi
 # The SFT scripts' rule, so that reports before and after GRPO compare; the published protocol has its own.
 answer_format=strict
 [[ $PAPER == False ]] || answer_format=loose
-if [[ -z $MODEL_PATH && -n ${published:-} && -d $published ]]; then
-    MODEL_PATH=$published
+if [[ -z $MODEL_PATH && -n ${_published:-} && -d $_published ]]; then
+    MODEL_PATH=$_published
 elif [[ $EVAL == True && -z $MODEL_PATH ]]; then
     echo "error: EVAL=True scores the weights of MODEL_PATH: name a folder, e.g. .../global_step_N/actor/huggingface" >&2
     exit 2
 elif [[ -z $MODEL_PATH ]]; then
     script=$(basename "$0" .sh)
     script=${script#run_}
-    task_name=${task_name:-$script}
-    sft="checkpoints/TimeMaster_${task_name^^}/sft_$MODALITY"
+    _task_name=${_task_name:-$script}
+    sft="checkpoints/TimeMaster_${_task_name^^}/sft_$MODALITY"
     if [[ ! -f $sft/latest_checkpointed_iteration.txt ]]; then
-        echo "error: no checkpoint in $sft${published:+ and no $published}: run example/sft/run_${script}_sft.sh" \
+        echo "error: no checkpoint in $sft${_published:+ and no $_published}: run example/sft/run_${script}_sft.sh" \
             "first, or set MODEL_PATH" >&2
         exit 2
     fi
@@ -54,20 +54,20 @@ if declare -F complete_task >/dev/null; then
 fi
 
 # Two updates a step. The published protocol has 64 prompts a step on every task.
-batch=${batch:-64}
-if [[ $batch == rows ]]; then
-    batch=64
+_batch=${_batch:-64}
+if [[ $_batch == rows ]]; then
+    _batch=64
     if [[ -f $train_file ]]; then
         rows=$(python3 -c 'import sys, pyarrow.parquet as p; print(p.read_metadata(sys.argv[1]).num_rows)' "$train_file")
-        ((rows >= 64)) || batch=$((rows > 1 ? rows - rows % 2 : 1))
+        ((rows >= 64)) || _batch=$((rows > 1 ? rows - rows % 2 : 1))
         echo "$(basename "$0"): $train_file has $rows rows"
     fi
 elif [[ $PAPER == True ]]; then
-    batch=64
+    _batch=64
 fi
 # Every rank needs a prompt of each update: few rows on many GPUs make one update.
-mini_batch=$((batch / 2 < N_GPUS ? batch : batch / 2))
-echo "$(basename "$0"): $batch prompts a step, $mini_batch an update, unless overridden"
+mini_batch=$((_batch / 2 < N_GPUS ? _batch : _batch / 2))
+echo "$(basename "$0"): $_batch prompts a step, $mini_batch an update, unless overridden"
 # The prompt counts after image expansion; digits need more room than a plot.
 prompt_length=1024
 experiment=""
@@ -89,7 +89,7 @@ engine=(
 exec python3 -m verl.trainer.main_ppo \
     algorithm.adv_estimator=grpo \
     "${files[@]}" \
-    data.train_batch_size="$batch" \
+    data.train_batch_size="$_batch" \
     data.max_prompt_length="$prompt_length" \
     data.max_response_length=1024 \
     data.filter_overlong_prompts=True \

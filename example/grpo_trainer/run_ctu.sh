@@ -19,7 +19,7 @@ DATA=${DATA:-./data/ctu_$MODALITY}
 
 # It was trained on plots.
 # shellcheck disable=SC2034 # read by common.sh
-[[ $MODALITY != image ]] || published=./checkpoints/TimeMaster-SFT-Qwen2.5-VL-3B-CTU
+[[ $MODALITY != image ]] || _published=./checkpoints/TimeMaster-SFT-Qwen2.5-VL-3B-CTU
 
 # shellcheck disable=SC2034 # read by common.sh
 task=(trainer.project_name=TimeMaster_CTU)

@@ -39,7 +39,7 @@ complete_task() {
         reward.judge.model="$JUDGE_MODEL"
         reward.judge.api_key_env="$JUDGE_KEY_ENV"
     )
-    [[ $JUDGE_KEY_ENV != null && -z ${!JUDGE_KEY_ENV:-} && -z ${RAY_ADDRESS:-} ]] || return 0
+    [[ $JUDGE_KEY_ENV != null && -z $(printenv -- "$JUDGE_KEY_ENV") && -z ${RAY_ADDRESS:-} ]] || return 0
     [[ ! "$*" =~ reward\.judge\.(enable|api_key_env)= ]] || return 0
     echo "error: no judge: $JUDGE_KEY_ENV, which holds the key for $JUDGE_URL, is not set. Set it, or JUDGE_URL," \
         "JUDGE_MODEL and JUDGE_KEY_ENV for another server (JUDGE_KEY_ENV=null: it asks for none), or JUDGE=False:" \

@@ -19,9 +19,9 @@ MODALITY=${MODALITY:-image}
 DATA=${DATA:-./data/${NAME}_$MODALITY}
 
 # shellcheck disable=SC2034 # read by common.sh
-batch=rows
+_batch=rows
 # shellcheck disable=SC2034 # read by common.sh
-task_name=$NAME
+_task_name=$NAME
 
 # shellcheck disable=SC2034 # read by common.sh
 task=("trainer.project_name=TimeMaster_${NAME^^}")

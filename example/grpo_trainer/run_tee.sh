@@ -17,7 +17,7 @@ MODALITY=${MODALITY:-image}
 DATA=${DATA:-./data/tee_$MODALITY}
 
 # shellcheck disable=SC2034 # read by common.sh
-batch=56 # all rows of fit
+_batch=56 # all rows of fit
 
 # shellcheck disable=SC2034 # read by common.sh
 task=(trainer.project_name=TimeMaster_TEE)

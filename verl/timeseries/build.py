@@ -137,7 +137,10 @@ def _kind(key: str) -> str:
     reads it refuses it by name, before its value could be a fault of its own."""
     group, _, name = key.partition(".")
     if not name:
-        return {f.name: str(f.type) for f in fields(BuildConfig)}[key]
+        types = {f.name: str(f.type) for f in fields(BuildConfig)}
+        if key not in types:
+            raise ValueError(f"{key}= names no option after its dot; see --help")
+        return types[key]
     if name.startswith("spectrogram."):
         return "nested"
     owner = {"csv": CsvOptions, "numeric": NumericFormat, "style": PlotStyle}[group]

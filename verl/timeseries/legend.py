@@ -38,6 +38,11 @@ class LegendPlan:
         return -(-len(self.names) // self.columns)
 
 
+def labelled(axes: Any) -> tuple[list[Any], list[str]]:
+    """Lines and their names, as they are: left to itself a legend leaves out a name that begins with an underscore."""
+    return list(axes.lines), [str(line.get_label()) for line in axes.lines]
+
+
 class Ruler:
     """Measures texts and legends as Agg draws them, in pixels."""
 
@@ -55,7 +60,7 @@ class Ruler:
         axes: Any = self._figure.add_axes((0.0, 0.0, 1.0, 1.0))
         for name in names:
             axes.plot([0.0], [0.0], label=name)
-        box = axes.legend(prop=font, ncols=columns, **LOOK, **ABOVE).get_window_extent(self._renderer)
+        box = axes.legend(*labelled(axes), prop=font, ncols=columns, **LOOK, **ABOVE).get_window_extent(self._renderer)
         axes.remove()
         return box.width, box.height
 

@@ -34,12 +34,12 @@ from matplotlib.font_manager import FontProperties
 from numpy.typing import NDArray
 from PIL import Image
 
-from verl.timeseries.legend import ABOVE, LOOK, LegendPlan, Ruler, plan_legend
+from verl.timeseries.legend import ABOVE, LOOK, LegendPlan, Ruler, labelled, plan_legend
 from verl.timeseries.readers import Series
 from verl.timeseries.spectrogram import Spectrogram, power
 from verl.timeseries.style import Panel, PlotStyle
 
-RENDER_VERSION = 3
+RENDER_VERSION = 4
 """Raise it when this file draws differently, so that cached plots are not reused."""
 
 _FONT = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
@@ -256,9 +256,9 @@ class _Canvas:
         assert plan is not None, f"panel {panel.name} has no legend"
         look: dict[str, Any] = {"prop": _font(self.style.tick_size), "ncols": plan.columns, **LOOK}
         if self.legends_above:
-            axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), **ABOVE, **look)
+            axes.legend(*labelled(axes), loc="lower right", bbox_to_anchor=(1.0, 1.0), **ABOVE, **look)
         else:
-            axes.legend(loc="upper right", borderpad=0.2, **look)
+            axes.legend(*labelled(axes), loc="upper right", borderpad=0.2, **look)
 
     def _set(self, series: Series) -> None:
         time = np.arange(series.shape[1])

@@ -60,7 +60,9 @@ class Spectrogram:
 
 def power(channel: NDArray[np.float64], of: Spectrogram) -> NDArray[np.float64]:
     """(frequencies, frames) in [0, 1] of one channel (length,). A channel shorter than the window is padded."""
-    values = np.pad(channel - channel.mean(), (0, max(0, of.window - len(channel))))
+    # A constant less its mean is rounding noise, which would be drawn at full scale.
+    centred = np.zeros_like(channel) if np.ptp(channel) == 0 else channel - channel.mean()
+    values = np.pad(centred, (0, max(0, of.window - len(channel))))
     frames = np.lib.stride_tricks.sliding_window_view(values, of.window)[:: of.hop]
     density = np.abs(np.fft.rfft(frames * np.hanning(of.window), axis=1)).T ** 2
     frequencies = np.fft.rfftfreq(of.window, 1 / of.rate)

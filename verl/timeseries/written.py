@@ -278,6 +278,13 @@ def _check_output(data: Path, output: Path) -> None:
         raise ValueError(f"--output {output} is the data folder itself: name another, such as {data}_written")
     if output.is_dir() and any(output.iterdir()) and not (output / CARD).is_file():
         raise ValueError(f"--output {output}: holds no {CARD}, so this program did not write it: name another folder")
+    if (output / CARD).is_file():
+        card = json.loads((output / CARD).read_text(encoding="utf-8"))
+        if card["data"] != data.name:
+            raise ValueError(
+                f"--output {output}: holds the written answers of {card['data']}, not of {data.name}: "
+                "name another folder, or delete it"
+            )
 
 
 def _write_file(

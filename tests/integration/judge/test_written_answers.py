@@ -163,6 +163,9 @@ def test_the_data_folder_itself_is_never_replaced(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "test.parquet").write_bytes((data / "test.parquet").read_bytes())
     assert run(server, data, tmp_path / "out") == 2 and "holds no written_card.json" in capsys.readouterr().err
+    (tmp_path / "out" / "written_card.json").write_text('{"data": "pumps_image"}')
+    assert run(server, data, tmp_path / "out") == 2
+    assert "holds the written answers of pumps_image" in capsys.readouterr().err
     assert not server.seen
 
 

@@ -99,6 +99,31 @@ def test_rows_of_a_task_have_means_over_seeds_and_what_grpo_added(learning_rows:
     assert {row.workload for row in made.values()} == {"ctu (image)"} and made["sft_f1"].unit == "macro-F1"
 
 
+@pytest.mark.parametrize(("share", "rl_steps"), [(1.0, 0), (0.25, 0), (0.25, 60)])
+def test_a_control_has_rows_and_folders_of_its_own(
+    learning: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, rl_steps: int
+) -> None:
+    from recipe import Recipe, Run
+
+    monkeypatch.setattr(learning.rows, "parameters_of", lambda folder: 7)
+    recipe = Recipe(
+        **{"folder": tmp_path, "data": tmp_path, "hidden": 64, "layers": 2, "modality": "image", "sft_share": share},
+        **{"sft_steps": 1, "sft_batch": 8, "rl_steps": rl_steps, "rl_batch": 8, "stop_parse_failure": None},
+        **{"device": "cpu", "start": "plots"},
+    )
+    runs = [Run("ctu", seed, engine) for seed in (1, 2) for engine in (("hf", "vllm") if rl_steps else ("hf",))]
+    made, curves = learning.rows_and_curves(
+        {run: stages("1110") for run in runs if run != Run("ctu", 2, "vllm")}, recipe
+    )
+    named = {row.workload for row in made}
+    if rl_steps:  # and no comparison of two seeds with one
+        assert named == {"ctu (image), hf engine", "ctu (image), vllm engine"} == curves.keys()
+        assert runs[0].folder(recipe).name == "ctu_image_hf_seed1"
+    else:
+        assert named == {f"ctu (image), SFT alone on {'all rows' if share == 1 else '25% of the rows'}"} and not curves
+        assert runs[0].folder(recipe).name == "ctu_image_sft_alone_seed1"
+
+
 def test_sft_alone_has_no_rows_of_grpo(learning_rows: Any) -> None:
     alone = {name: value for name, value in stages("1110").items() if name in ("n", "majority") or "sft" in name}
     made = [row.row for row in learning_rows.rows_of("ctu (image), SFT alone", {1: alone}, 7)]

@@ -54,7 +54,7 @@ def test_quantities_have_three_digits(report: Any, value: float, unit: str, text
 def test_a_task_is_shown_once_with_the_start_that_is_the_default(report: Any) -> None:
     rows = trained("ctu (image), hf engine, library start", 0.5, 0.6) + trained("ctu (image), hf engine", 0.7, 0.8)
     rows += trained("tee (image), hf engine, library start", 0.2, 0.3)
-    rows += [{**trained("ctu (image), SFT alone", 0.6, 0.6)[0]}]
+    rows += [{**trained("ctu (image), SFT alone on all rows", 0.6, 0.6)[0]}]
     baselines = [{"row": f"{task} MiniRocket", "value": 0.72} for task in ("ctu", "tee")]
     baselines += [{"row": "ctu majority", "value": 0.5}, {"row": "tee ROCKET", "value": 0.8}]
     lines = report.learning({"learning": rows, "baselines": baselines}).splitlines()[2:]

@@ -17,6 +17,12 @@ LONG = tuple(f"sensor {i} with a long name [bar]" for i in range(1, 5))
 PICTURES = spectrogram_style(Spectrogram.fitting(100.0, 200))
 
 
+def test_a_name_that_begins_with_an_underscore_is_shown(recwarn: pytest.WarningsRecorder) -> None:
+    canvas = drawn(replace(LINES, channel_names=("_flow", "_time")), 2)
+    (legend,) = (axes.get_legend() for axes in canvas.axes)
+    assert [text.get_text() for text in legend.get_texts()] == ["_flow", "_time"] and not recwarn.list
+
+
 def walk(channels: int) -> Series:
     return np.random.default_rng(0).normal(size=(channels, 200)).cumsum(axis=1)
 

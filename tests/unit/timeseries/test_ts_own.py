@@ -244,6 +244,12 @@ def test_text_is_what_stands_after_the_first_equals_sign(key: str, text: str) ->
     assert parse_args([f"source={text}", "task=csv"]).source == text
 
 
+@pytest.mark.parametrize("key", ["csv.", "style.", "numeric."])
+def test_a_key_without_a_name_is_one_line(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["task=csv", "source=.", f"{key}=x"]) == 2
+    assert capsys.readouterr().err == f"error: {key}= names no option after its dot; see --help\n"
+
+
 def test_words_of_a_list_stay_as_they_are_written() -> None:
     config = parse_args(["task=csv", "csv.classes=[no,yes,01,1.0]", "csv.drop=['time [s]','a, b']", "csv.rate=100"])
     assert config.csv == {"classes": ["no", "yes", "01", "1.0"], "drop": ["time [s]", "a, b"], "rate": 100}

@@ -12,7 +12,7 @@ from verl.timeseries import TaskSpec, get_task
 from verl.timeseries.describe import describe, extension
 from verl.timeseries.readers import Archive
 from verl.timeseries.ridge import listen
-from verl.timeseries.spectrogram import Spectrogram
+from verl.timeseries.spectrogram import Spectrogram, power
 from verl.timeseries.style import spectrogram_style
 from verl.timeseries.task import DescriptionStyle
 
@@ -93,6 +93,11 @@ def test_measures_and_text_do_not_change_with_scale_and_shift() -> None:
 def test_the_drawn_band_is_the_one_that_is_measured() -> None:
     low = listen(sweep(80.0, 220.0, 1.0, 2.0), replace(OF, low=300.0))
     assert low is not None and low.ridge is None and low.loudest_hertz >= 300.0
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1.7])
+def test_a_constant_is_silent_also_where_its_mean_is_inexact(value: float) -> None:
+    assert listen(np.full(4000, value), OF) is None and not power(np.full(4000, value), OF).any()
 
 
 def test_own_data_of_several_channels_names_each_and_a_short_text_is_the_ridge(tiny_task: TaskSpec) -> None:
