@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the GRPO scripts of all tasks share; sourced by run_*.sh, which set MODEL_PATH, EVAL, PAPER, MODALITY, DATA, `task`.
-# Some also set `_published` (a folder to start from when it is there), `_task_name`, `_batch` (prompts of a step; `rows`:
-# as many as there are, up to 64), and a function `complete_task`, called with the overrides once the model is known.
+# Some also set `_published` (a folder to start from when it is there), `_task_name`, and a function `complete_task`, called
+# with the overrides once the model is known.
 # shellcheck disable=SC2154 # `task` is set by the script that sources this one
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -53,21 +53,16 @@ if declare -F complete_task >/dev/null; then
     complete_task "$@"
 fi
 
-# Two updates a step. The published protocol has 64 prompts a step on every task.
-_batch=${_batch:-64}
-if [[ $_batch == rows ]]; then
-    _batch=64
-    if [[ -f $train_file ]]; then
-        rows=$(python3 -c 'import sys, pyarrow.parquet as p; print(p.read_metadata(sys.argv[1]).num_rows)' "$train_file")
-        ((rows >= 64)) || _batch=$((rows > 1 ? rows - rows % 2 : 1))
-        echo "$(basename "$0"): $train_file has $rows rows"
-    fi
-elif [[ $PAPER == True ]]; then
-    _batch=64
+# 64 prompts a step, as published, or as many as there are; two updates.
+batch=64
+if [[ -f $train_file ]]; then
+    rows=$(python3 -c 'import sys, pyarrow.parquet as p; print(p.read_metadata(sys.argv[1]).num_rows)' "$train_file")
+    ((rows >= 64)) || batch=$((rows > 1 ? rows - rows % 2 : 1))
+    echo "$(basename "$0"): $train_file has $rows rows"
 fi
 # Every rank needs a prompt of each update: few rows on many GPUs make one update.
-mini_batch=$((_batch / 2 < N_GPUS ? _batch : _batch / 2))
-echo "$(basename "$0"): $_batch prompts a step, $mini_batch an update, unless overridden"
+mini_batch=$((batch / 2 < N_GPUS ? batch : batch / 2))
+echo "$(basename "$0"): $batch prompts a step, $mini_batch an update, unless overridden"
 # The prompt counts after image expansion; digits need more room than a plot.
 prompt_length=1024
 experiment=""
@@ -89,7 +84,7 @@ engine=(
 exec python3 -m verl.trainer.main_ppo \
     algorithm.adv_estimator=grpo \
     "${files[@]}" \
-    data.train_batch_size="$_batch" \
+    data.train_batch_size="$batch" \
     data.max_prompt_length="$prompt_length" \
     data.max_response_length=1024 \
     data.filter_overlong_prompts=True \

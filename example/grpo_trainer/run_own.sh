@@ -19,8 +19,6 @@ MODALITY=${MODALITY:-image}
 DATA=${DATA:-./data/${NAME}_$MODALITY}
 
 # shellcheck disable=SC2034 # read by common.sh
-_batch=rows
-# shellcheck disable=SC2034 # read by common.sh
 _task_name=$NAME
 
 # shellcheck disable=SC2034 # read by common.sh

@@ -17,9 +17,6 @@ MODALITY=${MODALITY:-image}
 DATA=${DATA:-./data/tee_$MODALITY}
 
 # shellcheck disable=SC2034 # read by common.sh
-_batch=56 # all rows of fit
-
-# shellcheck disable=SC2034 # read by common.sh
 task=(trainer.project_name=TimeMaster_TEE)
 # shellcheck source=example/grpo_trainer/common.sh disable=SC1091
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The supervised start on a data set of your own (docs/own_data.md). From the environment:
-#   NAME=pumps       name of the data set: its data lie in data/NAME_image (or DATA=DIR)
+#   NAME=pumps       name of the data set: its data lie in data/NAME_image
 #   MODEL_PATH=DIR   a Hugging Face folder to start from
 #   MODALITY=numeric the rows with digits in place of the plot (data step with modality=numeric)
 #   DATA=DIR         another data folder, such as that of written answers (docs/sft.md)

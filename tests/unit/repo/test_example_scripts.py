@@ -40,12 +40,13 @@ def write_checkpoint(root: Path, task: str, modality: str = "image", step: int =
 @pytest.mark.parametrize("paper", [False, True], ids=["own split", "published split"])
 @pytest.mark.parametrize("task", FIT_ROWS)
 def test_the_batch_of_a_script_fits_the_rows_of_its_task(task: str, paper: bool, tmp_path: Path) -> None:
-    settings = WITHOUT_JUDGE | {"MODEL_PATH": "somewhere", "PAPER": str(paper), "N_GPUS": "8"}
+    rows = (TRAIN_ROWS if paper else FIT_ROWS)[task]
+    pq.write_table(pa.table({"prompt": ["?"] * rows}), tmp_path / f"{'train' if paper else 'fit'}.parquet")
+    settings = WITHOUT_JUDGE | {"MODEL_PATH": "somewhere", "PAPER": str(paper), "N_GPUS": "8", "DATA": str(tmp_path)}
     config = load("ppo_trainer", overrides_of(rl_script(task), tmp_path / "bin", **settings))
-    plan = batch_plan(config, (TRAIN_ROWS if paper else FIT_ROWS)[task])
+    plan = batch_plan(config, rows)
     assert plan.optimizer_steps_per_step == 2 and plan.steps_per_epoch >= 1
-    if paper:
-        assert plan.prompts_per_step == 64
+    assert plan.prompts_per_step == min(rows, 64)
 
 
 @pytest.mark.parametrize(

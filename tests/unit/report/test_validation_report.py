@@ -186,6 +186,7 @@ def test_every_metric_that_validation_gives_is_a_known_name_before_it_runs(answe
     rows = [ValidationRow(f"{i // answers}", r.data_source, r.ground_truth, r.score) for i, r in scored]
     names = validation_metrics(classification_report(rows))
     sources = {r.data_source: None for r in rows}
+    assert names
     for name in names:
         check_metric_name(name, sources, answers, also=())
 

@@ -247,6 +247,9 @@ def test_a_malformed_reply_shows_a_working_server_and_opens_no_breaker() -> None
     breaker = Breaker(1, 60, clock=Clock())
     breaker.record(FailureKind.MALFORMED)
     breaker.check()
+    breaker.record(FailureKind.TIMEOUT)
+    with pytest.raises(JudgeError):
+        breaker.check()
 
 
 def test_a_scoring_error_of_any_function_keeps_its_kind() -> None:
