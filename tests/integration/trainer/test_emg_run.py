@@ -14,10 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import SIZE
 from emgdb_fixture import write_emgdb
 from in_process import sft_here
-from runs import Data, Launcher, Run, read_lines, sft_overrides
+from runs import SIZE, Data, Launcher, Run, read_lines, sft_overrides
 
 from verl.models.tiny import create_tiny_model, texts_of_parquet
 from verl.timeseries import build, get_task, tasks
