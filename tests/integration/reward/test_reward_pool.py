@@ -243,7 +243,7 @@ def test_a_plain_part_that_holds_the_interpreter_beside_a_judge_fails_its_own_an
             assert time.perf_counter() - begin < 60
         asked = [said_to(seen) for seen in server.seen]
     held = {2: "timeout", 7: "timeout", 9: "timeout"}
-    assert outcomes(scores) == [held.get(i, 1.375) for i in range(len(words))]
+    assert outcomes(scores) == [held.get(i, 1.375) for i in range(len(words))], [score.reason for score in scores]
     assert all(f"held its process for more than {LIMIT_S:g} s" in str(scores[i].reason) for i in (2, 7))
     assert f"holding.py:compute_score took more than {LIMIT_S:g} s" in str(scores[9].reason)
     counted = reward_metrics(["emg_dataset"] * len(scores), scores)

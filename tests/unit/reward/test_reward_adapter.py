@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 import sys
+import threading
 import time
 from fractions import Fraction
 from typing import Any
@@ -242,6 +243,29 @@ def test_a_call_over_its_time_limit_is_a_failed_score(function: Any) -> None:
     assert failure_kind(score) is FailureKind.TIMEOUT and "0.1 s" in str(score.reason)
     assert time.perf_counter() - start < 5
     assert asyncio.run(adapted.score_async(**CALL)).total == 1.0
+
+
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="the system keeps no clock per thread")
+def test_a_late_call_beside_one_that_kept_the_interpreter_is_told_apart_from_a_late_call() -> None:
+    end = threading.Event()
+
+    def function(solution_str: str) -> float:
+        while solution_str == "spin" and not end.is_set():
+            pass
+        end.wait(30)
+        return 1.0
+
+    adapted = RewardFunction(function, timeout_s=0.5)
+
+    async def kinds(texts: list[str]) -> list[FailureKind]:
+        calls = (adapted.score_async(**CALL | {"solution_str": text}) for text in texts)
+        return [failure_kind(score) for score in await asyncio.gather(*calls)]
+
+    try:
+        assert asyncio.run(kinds(["wait", "wait"])) == [FailureKind.TIMEOUT] * 2
+        assert asyncio.run(kinds(["wait", "spin"])) == [FailureKind.STARVED, FailureKind.TIMEOUT]
+    finally:
+        end.set()
 
 
 @pytest.mark.parametrize("text", ["cancel", "own timeout"])

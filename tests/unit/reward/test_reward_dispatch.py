@@ -30,7 +30,7 @@ def prompts(count: int) -> list[Prompt]:
 class Worker:
     """Scores an answer by the number in its text; `hang`, `die` and `block` (the whole worker) do what they say.
 
-    `leave` gets a score and leaves a call behind that goes on.
+    `leave` gets a score and leaves a call behind that goes on; `turn` gets no turn unless it is alone.
     """
 
     made: list[Worker]
@@ -40,11 +40,13 @@ class Worker:
         self.dead = asyncio.Event()
         self.batches: list[int] = []
         self.blocked = self.worn = False
+        self.in_flight = 0
 
     async def score(self, items: Sequence[RewardItem]) -> Scored:
         if self.dead.is_set():
             raise WorkerLostError("killed")
         self.batches.append(len(items))
+        self.in_flight += len(items)
         self.blocked |= any(item.text == "block" for item in items)
         if any(item.text == "die" for item in items):
             self.dead.set()
@@ -56,11 +58,13 @@ class Worker:
             wait.cancel()
         if self.dead.is_set():
             raise WorkerLostError("killed")
+        starved, self.in_flight = self.in_flight > 1, self.in_flight - len(items)
         self.worn |= any(item.text == "leave" for item in items)
         notes = ["traceback"] if any(item.text == "bad" for item in items) else []
-        failing = {"bad": "bad", "leave": "timeout: too long"}
-        scores = [Score.failed(failing[i.text]) if i.text in failing else Score.ok(float(i.text)) for i in items]
-        return Scored(scores, pause, notes)
+        failing = {"bad": "bad", "leave": "timeout: too long"} | ({"turn": "starved: no turn"} if starved else {})
+        texts = [item.text for item in items]
+        scores = [Score.failed(failing[t]) if t in failing else Score.ok(float(t.replace("turn", "7"))) for t in texts]
+        return Scored(scores, pause, notes, worn=self.worn)
 
     async def beat(self) -> bool:
         if self.blocked:
@@ -161,6 +165,20 @@ def test_a_worker_with_a_call_left_behind_finishes_what_it_has_and_is_replaced()
     assert [s.is_ok for s in scores] == [False] + [True] * 200
     assert found.metrics["reward/pool/workers_replaced"] == 1 and len(made) == 2
     assert made[0].dead.is_set() and made[1].batches
+
+
+def test_a_worker_that_brings_a_score_and_a_call_left_behind_takes_nothing_more_before_its_next_beat() -> None:
+    texts = [["leave"], ["1"] * 3, *([["1"] * 40] * 5)]
+    scores, _, made = run(texts, waiting=True, workers=1, limit_s=60.0, silent_s=10.0, second_s=0.05)
+    assert [s.is_ok for s in scores] == [False] + [True] * 203
+    assert made[0].dead.is_set() and sum(made[0].batches) < 100 < sum(made[1].batches), "64 at once, then another"
+
+
+def test_an_answer_that_got_no_turn_beside_others_is_scored_again_where_it_is_alone() -> None:
+    texts = [["1"] * 6, ["turn", "2", "turn"], ["3"] * 6]
+    scores, found, _ = run(texts, waiting=True, limit_s=60.0, silent_s=10.0, second_s=0.05)
+    assert [s.total for s in scores] == [1.0] * 6 + [7.0, 2.0, 7.0] + [3.0] * 6
+    assert found.metrics["reward/pool/workers_replaced"] == 0
 
 
 def test_a_traceback_is_reported_once() -> None:

@@ -7,6 +7,7 @@ Invariants
 - The signature is read once, at start; a function that cannot be called is refused there, naming its parameters.
 - None, NaN, infinity, an exception or a time-out is a failed score, never a number.
 - A failed score's reason starts with its `FailureKind`.
+- A plain call is told apart from one that only got no turn beside others: `FailureKind.STARVED`.
 - One call's failure touches no other call; its traceback is logged once per place and type. A `ScoringError` has
   no traceback to show: its kind and message are the reason.
 - The caller's `extra_info` cannot be changed by the function.
@@ -21,6 +22,7 @@ import enum
 import inspect
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 _STANDARD = ("data_source", "solution_str", "ground_truth", "extra_info")
 _TEXT = ("solution_str", "predict_str")
 _PLURAL = {"solution_strs", "data_sources", "ground_truths"}
+_STARVED_SHARE = 0.25
+"""Of a call's limit: processor time that others of its process must have used to be the cause of its lateness."""
 
 
 class CallMode(enum.Enum):
@@ -175,21 +179,28 @@ class RewardFunction:
         classes: Sequence[str] | None = None,
     ) -> Score:
         """As `score`, within the time limit, without blocking the event loop."""
+        call: _PlainCall | None = None
         try:
             async with asyncio.timeout(self.timeout_s) as limit:
                 arguments = self._arguments(data_source, solution_str, ground_truth, extra_info)
                 if self._plan.mode is CallMode.ASYNC:
                     value = await self._function(**arguments)
                 else:
-                    value = await _in_daemon_thread(lambda: self._function(**arguments))
+                    call = _PlainCall(lambda: self._function(**arguments))
+                    value = await call.result()
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
             return self._exception(error)
         except (Exception, SystemExit) as error:
-            if isinstance(error, TimeoutError) and limit.expired():
-                return failed(FailureKind.TIMEOUT, f"{self.name} took more than {self.timeout_s:g} s (reward.timeout)")
+            if isinstance(error, TimeoutError) and limit.expired() and self.timeout_s is not None:
+                starved = call is not None and call.was_starved(_STARVED_SHARE * self.timeout_s)
+                return failed(
+                    FailureKind.STARVED if starved else FailureKind.TIMEOUT,
+                    f"{self.name} took more than {self.timeout_s:g} s (reward.timeout)"
+                    + (" beside calls that kept the interpreter" if starved else ""),
+                )
             return self._exception(error)
         return self._to_score(value, ground_truth, classes)
 
@@ -236,36 +247,54 @@ class RewardFunction:
             self._warn(message)
 
 
-async def _in_daemon_thread(call: Callable[[], Any]) -> Any:
-    """Run a plain call in a thread of its own: a hung thread of an executor would keep the program from ending."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
+class _PlainCall:
+    """A plain call in a thread of its own: a hung thread of an executor would keep the program from ending."""
 
-    def settle(value: Any, error: BaseException | None) -> None:
-        if not future.done():
-            if error is None:
-                future.set_result(value)
-            else:
-                future.set_exception(error)
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[Any] = self._loop.create_future()
+        self._thread = threading.Thread(target=self._work, name="reward-call", daemon=True)
+        self._begin = time.process_time()
 
-    def work() -> None:
+    async def result(self) -> Any:
+        """What the call returns or raises. Cancelled, it leaves the thread behind."""
+        self._thread.start()
+        try:
+            return await self._future
+        except asyncio.CancelledError:
+            _left_behind.add(self._thread)
+            raise
+
+    def was_starved(self, least_s: float) -> bool:
+        """Whether the rest of the process used more processor time than this call, and at least `least_s` seconds.
+
+        False once the call has ended, and where the system keeps no clock per thread.
+        """
+        if not self._thread.is_alive() or not hasattr(time, "pthread_getcpuclockid"):
+            return False
+        own = time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident or 0))
+        others = time.process_time() - self._begin - own
+        return others > max(own, least_s)
+
+    def _work(self) -> None:
         value, caught = None, None
         try:
-            value = call()
+            value = self._call()
         except BaseException as error:
             # A future refuses StopIteration, and a SystemExit would end the event loop.
             caught = error if isinstance(error, Exception) and not isinstance(error, StopIteration) else _wrapped(error)
         # A call that outlived its limit may end after the loop has closed.
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(settle, value, caught)
+            self._loop.call_soon_threadsafe(self._settle, value, caught)
 
-    thread = threading.Thread(target=work, name="reward-call", daemon=True)
-    thread.start()
-    try:
-        return await future
-    except asyncio.CancelledError:
-        _left_behind.add(thread)
-        raise
+    def _settle(self, value: Any, error: BaseException | None) -> None:
+        if self._future.done():
+            return
+        if error is None:
+            self._future.set_result(value)
+        else:
+            self._future.set_exception(error)
 
 
 _left_behind: set[threading.Thread] = set()

@@ -32,6 +32,8 @@ class FailureKind(enum.Enum):
     """The function raised."""
     TIMEOUT = "timeout"
     """The function took longer than its limit."""
+    STARVED = "starved"
+    """The same, while other calls of its process kept the interpreter: a pool asks again where it is alone."""
     NO_VALUE = "none"
     """The function returned None."""
     NOT_FINITE = "not_finite"

@@ -3,7 +3,8 @@
 Invariants
 - Every submitted answer gets exactly one score, whatever order answers arrive and finish in.
 - An answer that hangs or kills its worker fails alone: what shared the worker with it is scored again, one at a time,
-  and only an answer that was alone when its worker was lost is failed.
+  and only an answer that was alone when its worker was lost is failed. The same for an answer that got no turn
+  beside others (`FailureKind.STARVED`).
 - The clock of an answer starts when a worker that is ready takes it, not when it was submitted.
 - A worker that waits for many answers at once and stands still for `silent_s` is lost, however long they may wait: a
   call in it blocks its event loop or holds the interpreter. One that carries calls which outlived their limit is
@@ -49,6 +50,8 @@ class Scored:
     scores: Sequence[Score | PackedScore]
     seconds: float
     notes: list[str]
+    worn: bool = False
+    """Calls that outlived their limit still run in the worker."""
 
 
 class WorkerLostError(Exception):
@@ -278,9 +281,14 @@ class Dispatcher:
         self._seconds = each if self._seconds is None else 0.7 * self._seconds + 0.3 * each
         for note in scored.notes:
             self._notes.setdefault(note, False)
+        alone = slot.alone
+        slot.worn |= scored.worn and slot.worker is worker
         self._release(slot, jobs)
         for job, score in zip(jobs, scored.scores, strict=True):
-            self._settle(job, score)
+            if not alone and _got_no_turn(score):
+                self._suspects.append(job)
+            else:
+                self._settle(job, score)
         self._pump()
 
     def _lost(self, slot: _Slot, worker: ScoringWorker, jobs: list[_Job], error: Exception) -> None:
@@ -323,6 +331,11 @@ class Dispatcher:
             for ticket in self._tickets.values():
                 ticket.busy_s += now - self._busy_since
         self._busy_since = now if busy else None
+
+
+def _got_no_turn(score: Score | PackedScore) -> bool:
+    reason = score.reason if isinstance(score, Score) else score[3]
+    return reason is not None and reason.startswith(f"{FailureKind.STARVED.value}:")
 
 
 def pack(score: Score) -> PackedScore:

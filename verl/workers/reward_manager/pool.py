@@ -8,12 +8,14 @@ Invariants
 - The scores are those of the same `RewardManager` in one process.
 - A plain function runs in its worker's main thread; a call above the time limit ends with its process. Beside a judge
   or a coroutine it runs in a thread of a worker that waits for many answers: a call that makes that worker stand still
-  for the time limit ends with its process too, and a thread that outlives its limit with the next idle moment.
+  for the time limit ends with its process too, and a thread that outlives its limit with the next idle moment. What
+  was late only because such a thread kept the interpreter is scored again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import math
 import os
@@ -113,7 +115,7 @@ class AsyncWorker(_Worker):
     async def score(self, sent: Sequence[_Sent]) -> Scored:
         begin = time.perf_counter()
         scores = await asyncio.gather(*(self.manager.score_one(item) for item in self._items(sent)))
-        return self._scored(list(scores), begin)
+        return dataclasses.replace(self._scored(list(scores), begin), worn=await self.beat())
 
 
 class JudgeActor:
