@@ -255,7 +255,7 @@ def test_a_late_call_beside_one_that_kept_the_interpreter_is_told_apart_from_a_l
         end.wait(30)
         return 1.0
 
-    adapted = RewardFunction(function, timeout_s=0.5)
+    adapted = RewardFunction(function, timeout_s=1.0)
 
     async def kinds(texts: list[str]) -> list[FailureKind]:
         calls = (adapted.score_async(**CALL | {"solution_str": text}) for text in texts)

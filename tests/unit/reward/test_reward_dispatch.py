@@ -30,7 +30,7 @@ def prompts(count: int) -> list[Prompt]:
 class Worker:
     """Scores an answer by the number in its text; `hang`, `die` and `block` (the whole worker) do what they say.
 
-    `leave` gets a score and leaves a call behind that goes on; `turn` gets no turn unless it is alone.
+    `leave` gets a score and leaves a call behind that goes on; `turn` gets no turn unless it is alone, `never` never.
     """
 
     made: list[Worker]
@@ -61,7 +61,8 @@ class Worker:
         starved, self.in_flight = self.in_flight > 1, self.in_flight - len(items)
         self.worn |= any(item.text == "leave" for item in items)
         notes = ["traceback"] if any(item.text == "bad" for item in items) else []
-        failing = {"bad": "bad", "leave": "timeout: too long"} | ({"turn": "starved: no turn"} if starved else {})
+        failing = {"bad": "bad", "leave": "timeout: too long"} | {"never": "starved: no turn"}
+        failing |= {"turn": "starved: no turn"} if starved else {}
         texts = [item.text for item in items]
         scores = [Score.failed(failing[t]) if t in failing else Score.ok(float(t.replace("turn", "7"))) for t in texts]
         return Scored(scores, pause, notes, worn=self.worn)
@@ -179,6 +180,12 @@ def test_an_answer_that_got_no_turn_beside_others_is_scored_again_where_it_is_al
     scores, found, _ = run(texts, waiting=True, limit_s=60.0, silent_s=10.0, second_s=0.05)
     assert [s.total for s in scores] == [1.0] * 6 + [7.0, 2.0, 7.0] + [3.0] * 6
     assert found.metrics["reward/pool/workers_replaced"] == 0
+
+
+def test_an_answer_that_gets_no_turn_alone_either_fails_after_its_second_try() -> None:
+    scores, _, made = run([["1"] * 6, ["never"]], waiting=True, limit_s=60.0, silent_s=10.0, second_s=0.05)
+    assert [s.is_ok for s in scores] == [True] * 6 + [False]
+    assert sum(sum(worker.batches) for worker in made) == 7 + 1
 
 
 def test_a_traceback_is_reported_once() -> None:

@@ -7,7 +7,7 @@ Invariants
 - The signature is read once, at start; a function that cannot be called is refused there, naming its parameters.
 - None, NaN, infinity, an exception or a time-out is a failed score, never a number.
 - A failed score's reason starts with its `FailureKind`.
-- A plain call is told apart from one that only got no turn beside others: `FailureKind.STARVED`.
+- A plain call that was late because another one of its process kept the interpreter fails as STARVED, not TIMEOUT.
 - One call's failure touches no other call; its traceback is logged once per place and type. A `ScoringError` has
   no traceback to show: its kind and message are the reason.
 - The caller's `extra_info` cannot be changed by the function.
@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 _STANDARD = ("data_source", "solution_str", "ground_truth", "extra_info")
 _TEXT = ("solution_str", "predict_str")
 _PLURAL = {"solution_strs", "data_sources", "ground_truths"}
-_STARVED_SHARE = 0.25
-"""Of a call's limit: processor time that others of its process must have used to be the cause of its lateness."""
+_BUSY_SHARE = 0.05
+"""Of a call's limit: the processor time by which another call can be the cause of its lateness. Small, as on a busy
+machine the whole process gets little of its core; a call that waits uses next to nothing."""
 
 
 class CallMode(enum.Enum):
@@ -195,11 +196,11 @@ class RewardFunction:
             return self._exception(error)
         except (Exception, SystemExit) as error:
             if isinstance(error, TimeoutError) and limit.expired() and self.timeout_s is not None:
-                starved = call is not None and call.was_starved(_STARVED_SHARE * self.timeout_s)
+                starved = call is not None and call.was_starved(_BUSY_SHARE * self.timeout_s)
                 return failed(
                     FailureKind.STARVED if starved else FailureKind.TIMEOUT,
                     f"{self.name} took more than {self.timeout_s:g} s (reward.timeout)"
-                    + (" beside calls that kept the interpreter" if starved else ""),
+                    + (" beside a call that kept the interpreter" if starved else ""),
                 )
             return self._exception(error)
         return self._to_score(value, ground_truth, classes)
@@ -255,10 +256,12 @@ class _PlainCall:
         self._loop = asyncio.get_running_loop()
         self._future: asyncio.Future[Any] = self._loop.create_future()
         self._thread = threading.Thread(target=self._work, name="reward-call", daemon=True)
-        self._begin = time.process_time()
+        self._clock: int | None = None
+        self._spent: float | None = None
 
     async def result(self) -> Any:
         """What the call returns or raises. Cancelled, it leaves the thread behind."""
+        _running.add(self)
         self._thread.start()
         try:
             return await self._future
@@ -267,23 +270,32 @@ class _PlainCall:
             raise
 
     def was_starved(self, least_s: float) -> bool:
-        """Whether the rest of the process used more processor time than this call, and at least `least_s` seconds.
+        """Whether another call still runs that used more processor time than this one, and more than `least_s` seconds.
 
-        False once the call has ended, and where the system keeps no clock per thread.
+        False where the system keeps no clock per thread.
         """
-        if not self._thread.is_alive() or not hasattr(time, "pthread_getcpuclockid"):
-            return False
-        own = time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident or 0))
-        others = time.process_time() - self._begin - own
-        return others > max(own, least_s)
+        most = max((call.spent() for call in tuple(_running) if call is not self), default=0.0)
+        return most > max(self.spent(), least_s)
+
+    def spent(self) -> float:
+        """Seconds of processor time that the call has used."""
+        if self._spent is None and self._clock is not None:
+            # The clock of a thread that ended meanwhile is an error; its last word is in `_spent` by then.
+            with contextlib.suppress(OSError):
+                return time.clock_gettime(self._clock)
+        return self._spent or 0.0
 
     def _work(self) -> None:
+        if hasattr(time, "pthread_getcpuclockid"):
+            self._clock = time.pthread_getcpuclockid(threading.get_ident())
         value, caught = None, None
         try:
             value = self._call()
         except BaseException as error:
             # A future refuses StopIteration, and a SystemExit would end the event loop.
             caught = error if isinstance(error, Exception) and not isinstance(error, StopIteration) else _wrapped(error)
+        self._spent = time.thread_time()
+        _running.discard(self)
         # A call that outlived its limit may end after the loop has closed.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._settle, value, caught)
@@ -297,6 +309,7 @@ class _PlainCall:
             self._future.set_exception(error)
 
 
+_running: set[_PlainCall] = set()
 _left_behind: set[threading.Thread] = set()
 
 

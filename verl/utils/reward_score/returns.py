@@ -33,7 +33,7 @@ class FailureKind(enum.Enum):
     TIMEOUT = "timeout"
     """The function took longer than its limit."""
     STARVED = "starved"
-    """The same, while other calls of its process kept the interpreter: a pool asks again where it is alone."""
+    """A plain function did, while another call of its process kept the interpreter. A pool calls it again, alone."""
     NO_VALUE = "none"
     """The function returned None."""
     NOT_FINITE = "not_finite"

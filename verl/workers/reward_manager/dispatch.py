@@ -3,8 +3,8 @@
 Invariants
 - Every submitted answer gets exactly one score, whatever order answers arrive and finish in.
 - An answer that hangs or kills its worker fails alone: what shared the worker with it is scored again, one at a time,
-  and only an answer that was alone when its worker was lost is failed. The same for an answer that got no turn
-  beside others (`FailureKind.STARVED`).
+  and only an answer that was alone when its worker was lost is failed. The same for one whose plain call got no
+  turn beside another's (`FailureKind.STARVED`): it is scored once more.
 - The clock of an answer starts when a worker that is ready takes it, not when it was submitted.
 - A worker that waits for many answers at once and stands still for `silent_s` is lost, however long they may wait: a
   call in it blocks its event loop or holds the interpreter. One that carries calls which outlived their limit is
