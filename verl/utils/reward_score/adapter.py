@@ -256,6 +256,7 @@ class _PlainCall:
         self._loop = asyncio.get_running_loop()
         self._future: asyncio.Future[Any] = self._loop.create_future()
         self._thread = threading.Thread(target=self._work, name="reward-call", daemon=True)
+        self.is_left_behind = False
         self._clock: int | None = None
         self._spent: float | None = None
 
@@ -266,7 +267,7 @@ class _PlainCall:
         try:
             return await self._future
         except asyncio.CancelledError:
-            _left_behind.add(self._thread)
+            self.is_left_behind = True
             raise
 
     def was_starved(self, least_s: float) -> bool:
@@ -310,13 +311,11 @@ class _PlainCall:
 
 
 _running: set[_PlainCall] = set()
-_left_behind: set[threading.Thread] = set()
 
 
 def calls_left_behind() -> int:
     """Plain calls of this process that outlived their time limit and still run."""
-    _left_behind.difference_update([thread for thread in _left_behind if not thread.is_alive()])
-    return len(_left_behind)
+    return sum(call.is_left_behind for call in tuple(_running))
 
 
 def _wrapped(error: BaseException) -> RuntimeError:
