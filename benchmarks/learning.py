@@ -32,7 +32,7 @@ from typing import Any
 
 import rows
 from learning_rows import comparison, rows_of
-from recipe import STARTS, Limits, Recipe, Run, rl_command, sft_command
+from recipe import RL_LR, STARTS, Limits, Recipe, Run, rl_command, sft_command
 from stored import stored
 
 from verl.timeseries.tasks import get_task
@@ -130,7 +130,6 @@ def rows_and_curves(
     results: Mapping[Run, dict[str, Any]], recipe: Recipe
 ) -> tuple[list[rows.BenchmarkRow], dict[str, Curves]]:
     """Of every task and engine with a result, and the engines' comparison where all seeds ran with both."""
-    suffix = "" if recipe.start == "plots" else f", {recipe.start} start"
     made: list[rows.BenchmarkRow] = []
     curves: dict[str, Curves] = {}
     for task in dict.fromkeys(run.task for run in results):
@@ -140,12 +139,12 @@ def rows_and_curves(
                 by_engine.setdefault(run.engine, {})[run.seed] = found
         for engine, seeds in by_engine.items():
             stages = f"{engine} engine" if recipe.rl_steps else f"SFT alone on {recipe.taught}"
-            workload = f"{task} ({recipe.modality}), {stages}{suffix}"
+            workload = f"{task} ({recipe.modality}), {stages}{recipe.remarks}"
             made += rows_of(workload, seeds, rows.parameters_of(Run(task, min(seeds), engine).folder(recipe) / "tiny"))
             if recipe.rl_steps:
                 curves[workload] = {str(seed): [round(x, 4) for x in f["rewards"]] for seed, f in seeds.items()}
         if recipe.rl_steps and len(by_engine) == 2 and by_engine["hf"].keys() == by_engine["vllm"].keys():
-            made.append(comparison(task + suffix, by_engine["hf"], by_engine["vllm"]))
+            made.append(comparison(task + recipe.remarks, by_engine["hf"], by_engine["vllm"]))
     return made, curves
 
 
@@ -166,6 +165,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stop-parse-failure", type=float, help="end SFT sooner, at this share of malformed answers")
     parser.add_argument("--rl-steps", type=int, default=60, help="0: SFT alone")
     parser.add_argument("--rl-batch", type=int, default=32, help="prompts a step; two optimizer steps, 8 answers each")
+    parser.add_argument("--rl-lr", type=float, default=RL_LR, help="highest learning rate of GRPO")
     parser.add_argument("--start", choices=STARTS, default="plots", help="the random model's weights and image scale")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--append", action="store_true", help="keep the rows of other tasks and engines")

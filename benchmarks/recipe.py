@@ -19,6 +19,10 @@ STARTS = {"plots": (["--for-plots"], "5e-4"), "library": ([], "1e-3")}
 """How the random model is made (arguments of verl.models.tiny), and the learning rate of SFT that goes with it."""
 
 
+RL_LR = 3e-4
+"""Highest learning rate of GRPO, where no other is asked for."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What all runs share."""
@@ -36,6 +40,8 @@ class Recipe:
     """0: SFT alone."""
     rl_batch: int
     """Prompts of a step; fewer where there are fewer rows."""
+    rl_lr: float
+    """Highest learning rate of GRPO."""
     stop_parse_failure: float | None
     device: str
     start: str
@@ -45,6 +51,12 @@ class Recipe:
     def taught(self) -> str:
         """The rows of SFT, in words."""
         return "all rows" if self.sft_share == 1 else f"{self.sft_share:.0%} of the rows"
+
+    @property
+    def remarks(self) -> str:
+        """What is not as usual, as the end of a workload's name."""
+        start = "" if self.start == "plots" else f", {self.start} start"
+        return start if self.rl_lr == RL_LR or not self.rl_steps else f"{start}, GRPO at {self.rl_lr:g}"
 
 
 @dataclass(frozen=True)
@@ -152,7 +164,7 @@ def rl_command(run: Run, recipe: Recipe, limits: Limits) -> list[str]:
         f"{arl}.model.path={start}/actor/huggingface",
         f"{arl}.model.enable_gradient_checkpointing=False",
         *(f"{actor}.ppo_mini_batch_size={batch // 2}", f"{actor}.ppo_micro_batch_size_per_gpu=128"),
-        *(f"{actor}.clip_ratio_high=0.28", f"{actor}.optim.lr=3e-4", f"{actor}.optim.betas=[0.9,0.95]"),
+        *(f"{actor}.clip_ratio_high=0.28", f"{actor}.optim.lr={recipe.rl_lr}", f"{actor}.optim.betas=[0.9,0.95]"),
         *(f"{actor}.optim.lr_warmup_steps=5", f"{actor}.optim.warmup_style=cosine"),
         *(f"{actor}.optim.min_lr_ratio=0.05", f"{actor}.use_kl_loss=True", f"{actor}.kl_loss_coef=0.1"),
         f"{arl}.ref.log_prob_micro_batch_size_per_gpu=256",

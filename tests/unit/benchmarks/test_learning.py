@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def test_a_control_has_rows_and_folders_of_its_own(
     recipe = Recipe(
         **{"folder": tmp_path, "data": tmp_path, "hidden": 64, "layers": 2, "modality": "image", "sft_share": share},
         **{"sft_steps": 1, "sft_batch": 8, "rl_steps": rl_steps, "rl_batch": 8, "stop_parse_failure": None},
-        **{"device": "cpu", "start": "plots"},
+        **{"device": "cpu", "start": "plots", "rl_lr": 3e-4},
     )
     runs = [Run("ctu", seed, engine) for seed in (1, 2) for engine in (("hf", "vllm") if rl_steps else ("hf",))]
     made, curves = learning.rows_and_curves(
@@ -119,6 +120,8 @@ def test_a_control_has_rows_and_folders_of_its_own(
     if rl_steps:  # and no comparison of two seeds with one
         assert named == {"ctu (image), hf engine", "ctu (image), vllm engine"} == curves.keys()
         assert runs[0].folder(recipe).name == "ctu_image_hf_seed1"
+        _, slower = learning.rows_and_curves({runs[0]: stages("1110")}, replace(recipe, rl_lr=1e-4))
+        assert list(slower) == ["ctu (image), hf engine, GRPO at 0.0001"]
     else:
         assert named == {f"ctu (image), SFT alone on {'all rows' if share == 1 else '25% of the rows'}"} and not curves
         assert runs[0].folder(recipe).name == "ctu_image_sft_alone_seed1"
@@ -152,7 +155,7 @@ def test_a_task_with_few_rows_trains_on_all_of_them_in_a_step_of_two_updates(
     recipe = Recipe(
         **{"folder": tmp_path, "data": tmp_path, "hidden": 64, "layers": 2, "modality": "image", "sft_share": 1.0},
         **{"sft_steps": 1, "sft_batch": 8, "rl_steps": 3, "rl_batch": 128, "stop_parse_failure": None},
-        **{"device": "cpu", "start": "plots"},
+        **{"device": "cpu", "start": "plots", "rl_lr": 3e-4},
     )
     run = Run("tee", 1, "hf")
     (run.folder(recipe) / "sft").mkdir(parents=True)
