@@ -20,7 +20,7 @@ STARTS = {"plots": (["--for-plots"], "5e-4"), "library": ([], "1e-3")}
 
 
 RL_LR = 3e-4
-"""Highest learning rate of GRPO, where no other is asked for."""
+"""Highest learning rate of GRPO, where no other is asked for; made for steps of 128 prompts."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,12 @@ class Recipe:
 
     @property
     def remarks(self) -> str:
-        """What is not as usual, as the end of a workload's name."""
+        """What is not the default, as the end of a workload's name."""
         start = "" if self.start == "plots" else f", {self.start} start"
-        return start if self.rl_lr == RL_LR or not self.rl_steps else f"{start}, GRPO at {self.rl_lr:g}"
+        if not self.rl_steps:
+            return start
+        taught = "" if self.sft_share == 1 else f", SFT on {self.taught}"
+        return f"{start}{taught}{'' if self.rl_lr == RL_LR else f', GRPO at {self.rl_lr:g}'}"
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import rows
+from recipe import RL_LR
 
 from verl.timeseries.baselines import wilson_half_width
 
 Row = Mapping[str, Any]
 
 _TASKS = ("ctu", "har", "ecg", "emg", "tee", "rcw")
-_STARTS = {"": "plots", ", library start": "library"}
-"""What `learning.py` appends to a workload's name, and how the table calls that start; the first one found is shown."""
+_TRAINED = re.compile(
+    r"(?P<task>\w+) \((?P<modality>\w+)\), (?:hf engine|(?P<alone>SFT alone on all rows))"
+    r"(?:, SFT on (?P<share>\d+%) of the rows)?(?:, GRPO at (?P<rate>\S+))?"
+)
+"""Workloads of `learning.py` that the table shows: the hf engine from the start for plots, and SFT alone."""
 
 _CTU = "CTU-3B"
 _GLANCE = (
@@ -80,31 +86,60 @@ def added(row: Row) -> str:
     return f"{row['value']:+.3f}" + (f" ± {error.split(';')[0]}" if found else "")
 
 
+@dataclass(frozen=True)
+class Line:
+    """One line of the learning table."""
+
+    share: str
+    """Of the rows that SFT saw."""
+    rate: float | None
+    """Learning rate of GRPO; None: SFT alone."""
+    rows: Mapping[str, Row]
+
+    def cells(self) -> tuple[str, ...]:
+        sft, f1 = self.rows["sft_acc"], self.rows["sft_f1"]["value"]
+        size = f"{sft['parameters'] / 1e6:.1f} M"
+        if self.rate is None:
+            return self.share, "no GRPO", with_error(sft), "", "", f"{f1:.3f}", size
+        gained = (with_error(sft), with_error(self.rows["rl_acc"]), added(self.rows["gain"]))
+        return (
+            self.share,
+            f"{self.rate:.0e}".replace("e-0", "e-"),
+            *gained,
+            f"{f1:.3f} → {self.rows['rl_f1']['value']:.3f}",
+            size,
+        )
+
+
+def lines_of(task: str, trained: Mapping[str, Mapping[str, Row]]) -> list[Line]:
+    """A share of the rows before all of them, by falling learning rate; SFT alone where no GRPO went on from it."""
+    found: list[Line] = []
+    for workload, rows_ in trained.items():
+        match = _TRAINED.fullmatch(workload)
+        if match and match["task"] == task and match["modality"] == "image":
+            rate = None if match["alone"] else float(match["rate"] or RL_LR)
+            found.append(Line(match["share"] or "all", rate, rows_))
+    went_on = {line.share for line in found if line.rate is not None}
+    shown = [line for line in found if line.rate is not None or line.share not in went_on]
+    return sorted(shown, key=lambda line: (line.share == "all", -(line.rate or 0)))
+
+
 def learning(results: Mapping[str, Sequence[Row]]) -> str:
-    """Test accuracy and macro-F1 before and after GRPO beside the baselines, one line for each task with plots."""
+    """Test accuracy and macro-F1 before and after GRPO beside the baselines, one line for each way of training."""
     baselines = {row["row"]: row["value"] for row in results["baselines"]}
     trained = _by_workload(results["learning"])
-    head = ("task", "test rows", "majority", "1-NN", "ROCKET", "after SFT", "after GRPO", "added", "macro-F1")
-    controls = any("SFT alone on all rows" in workload for workload in trained)
-    head += ("SFT alone, all rows",) * controls + ("parameters", "start")
+    head = ("task", "test rows", "majority", "1-NN", "ROCKET", "SFT on", "GRPO's rate")
+    head += ("after SFT", "after GRPO", "added", "macro-F1", "parameters")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for task in _TASKS:
-        for suffix, start in _STARTS.items():
-            if not (found := trained.get(f"{task} (image), hf engine{suffix}")):
-                continue
-            alone = trained.get(f"{task} (image), SFT alone on all rows{suffix}")
-            after = found["rl_acc"]
-            cells = [
-                *(f"`{task}`", str(after["samples"])),
+        for line in lines_of(task, trained):
+            cells = (
+                *(f"`{task}`", str(line.rows["sft_acc"]["samples"])),
                 *(_shown(baselines, f"{task} {name}") for name in ("majority", "1-NN")),
                 _shown(baselines, f"{task} ROCKET") or _shown(baselines, f"{task} MiniRocket", " (Mini)"),
-                *(with_error(found["sft_acc"]), with_error(after), added(found["gain"])),
-                f"{found['sft_f1']['value']:.3f} → {found['rl_f1']['value']:.3f}",
-                *(("" if alone is None else with_error(alone["sft_acc"]),) * controls),
-                *(f"{after['parameters'] / 1e6:.1f} M", start),
-            ]
+                *line.cells(),
+            )
             lines.append(f"| {' | '.join(cells)} |")
-            break
     return "\n".join(lines)
 
 
@@ -118,7 +153,7 @@ def modalities(results: Mapping[str, Sequence[Row]]) -> str:
     head = ("task", "input", "prompt tokens", "after SFT", "after GRPO", "added", "malformed", "a GRPO step")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for task in _TASKS:
-        names = [f"{task} ({modality}), hf engine" for modality in ("image", "numeric")]
+        names = [f"{task} ({modality}), hf engine, SFT on 25% of the rows" for modality in ("image", "numeric")]
         if not all(name in trained for name in names):
             continue
         for name, input_ in zip(names, ("plot", "digits"), strict=True):

@@ -100,7 +100,7 @@ def test_rows_of_a_task_have_means_over_seeds_and_what_grpo_added(learning_rows:
     assert {row.workload for row in made.values()} == {"ctu (image)"} and made["sft_f1"].unit == "macro-F1"
 
 
-@pytest.mark.parametrize(("share", "rl_steps"), [(1.0, 0), (0.25, 0), (0.25, 60)])
+@pytest.mark.parametrize(("share", "rl_steps"), [(1.0, 0), (0.25, 0), (1.0, 60), (0.25, 60)])
 def test_a_control_has_rows_and_folders_of_its_own(
     learning: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, rl_steps: int
 ) -> None:
@@ -118,10 +118,11 @@ def test_a_control_has_rows_and_folders_of_its_own(
     )
     named = {row.workload for row in made}
     if rl_steps:  # and no comparison of two seeds with one
-        assert named == {"ctu (image), hf engine", "ctu (image), vllm engine"} == curves.keys()
+        taught = "" if share == 1 else ", SFT on 25% of the rows"
+        assert named == {f"ctu (image), {engine} engine{taught}" for engine in ("hf", "vllm")} == curves.keys()
         assert runs[0].folder(recipe).name == "ctu_image_hf_seed1"
         _, slower = learning.rows_and_curves({runs[0]: stages("1110")}, replace(recipe, rl_lr=1e-4))
-        assert list(slower) == ["ctu (image), hf engine, GRPO at 0.0001"]
+        assert list(slower) == [f"ctu (image), hf engine{taught}, GRPO at 0.0001"]
     else:
         assert named == {f"ctu (image), SFT alone on {'all rows' if share == 1 else '25% of the rows'}"} and not curves
         assert runs[0].folder(recipe).name == "ctu_image_sft_alone_seed1"

@@ -51,22 +51,29 @@ def test_quantities_have_three_digits(report: Any, value: float, unit: str, text
     assert report.quantity(value, unit) == text
 
 
-def test_a_task_is_shown_once_with_the_start_that_is_the_default(report: Any) -> None:
+def test_a_task_has_a_line_for_each_way_of_training_and_none_for_other_starts(report: Any) -> None:
     rows = trained("ctu (image), hf engine, library start", 0.5, 0.6) + trained("ctu (image), hf engine", 0.7, 0.8)
-    rows += trained("tee (image), hf engine, library start", 0.2, 0.3)
-    rows += [{**trained("ctu (image), SFT alone on all rows", 0.6, 0.6)[0]}]
+    rows += trained("ctu (image), hf engine, GRPO at 3e-05", 0.7, 0.71)
+    rows += trained("ctu (image), hf engine, SFT on 25% of the rows", 0.6, 0.8)
+    rows += trained("ctu (numeric), hf engine", 0.1, 0.2) + trained("ctu (image), vllm engine", 0.1, 0.2)
+    for task in ("ctu", "tee"):  # of ctu, GRPO went on from it
+        rows += [row for row in trained(f"{task} (image), SFT alone on all rows", 0.6, 0.0) if "sft" in row["row"]]
     baselines = [{"row": f"{task} MiniRocket", "value": 0.72} for task in ("ctu", "tee")]
     baselines += [{"row": "ctu majority", "value": 0.5}, {"row": "tee ROCKET", "value": 0.8}]
     lines = report.learning({"learning": rows, "baselines": baselines}).splitlines()[2:]
-    assert [line.split(" | ")[0] for line in lines] == ["| `ctu`", "| `tee`"]
-    assert "| 0.500 |  | 0.720 (Mini) | 0.700 ± 0.029 | 0.800 ± 0.025 | +0.100 ± 0.050 | 0.700 → 0.800 |" in lines[0]
-    assert lines[0].endswith("| 0.600 ± 0.031 | 1.8 M | plots |")
-    assert "| 0.800 | 0.200" in lines[1] and lines[1].endswith("|  | 1.8 M | library |")
+    shown = [(cells[0], cells[5], cells[6]) for cells in (line.strip("| ").split(" | ") for line in lines)]
+    ways = [("`ctu`", "25%", "3e-4"), ("`ctu`", "all", "3e-4"), ("`ctu`", "all", "3e-5")]
+    assert shown == [*ways, ("`tee`", "all", "no GRPO")]
+    assert "| 0.500 |  | 0.720 (Mini) | 25% | 3e-4 | 0.600 ± 0.031 | 0.800 ± 0.025 | +0.200 ± 0.050 |" in lines[0]
+    assert lines[0].endswith("| 0.600 → 0.800 | 1.8 M |")
+    assert lines[3].endswith("| 0.800 | all | no GRPO | 0.600 ± 0.031 |  |  | 0.600 | 1.8 M |")
 
 
 def test_plots_and_digits_are_compared_only_where_both_were_trained(report: Any) -> None:
-    rows = trained("ctu (image), hf engine", 0.7, 0.8) + trained("har (image), hf engine", 0.5, 0.6)
-    rows += trained("ctu (numeric), hf engine", 0.4, 0.5)
+    rows = trained("ctu (image), hf engine, SFT on 25% of the rows", 0.7, 0.8) + trained(
+        "har (image), hf engine, SFT on 25% of the rows", 0.5, 0.6
+    )
+    rows += trained("ctu (numeric), hf engine, SFT on 25% of the rows", 0.4, 0.5)
     lines = report.modalities({"learning": rows}).splitlines()[2:]
     assert [line.split(" | ")[:3] for line in lines] == [["| `ctu`", "plot", "328"], ["| `ctu`", "digits", "328"]]
     assert lines[0].endswith("| +0.100 ± 0.050 | 10.0% → 0.0% | 2.91 s |")
