@@ -10,7 +10,7 @@ from typing import Any
 import rows
 from scipy.stats import binomtest
 
-from verl.timeseries.baselines import wilson_half_width
+from verl.utils.report.wilson import wilson_half_width
 
 _EDGE = 10  # steps at each end of the reward curve that are compared
 _UNITS = {"acc": "accuracy", "f1": "macro-F1", "failure": "of the answers"}

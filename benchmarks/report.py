@@ -16,7 +16,7 @@ from typing import Any
 import rows
 from recipe import RL_LR
 
-from verl.timeseries.baselines import wilson_half_width
+from verl.utils.report.wilson import wilson_half_width
 
 Row = Mapping[str, Any]
 

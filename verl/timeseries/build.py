@@ -159,6 +159,8 @@ def _text(arg: str, kind: str) -> str | list[str] | None:
     except yaml.YAMLError as error:
         said = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ValueError(f"{arg}: no list of words ({said}): write [a,b], in quotes what holds , [ ] or #") from error
+    if not isinstance(found, list) and "," in value:
+        raise ValueError(f"{arg}: one word, or a list? write [{value}], or ['{value}'] for one word with a comma")
     items = found if isinstance(found, list) else [value]
     if not all(isinstance(item, str) for item in items):
         raise ValueError(f"{arg}: no list of words: write [a,b], in quotes what holds : , [ ] or #")
@@ -302,7 +304,9 @@ def _write(
     train = take(archive.train, kept["train"])
     val, fit = cut_val(task, train.labels, train.groups, seed)
     tables = {**made, "fit": [made["train"][i] for i in fit], "val": [made["train"][i] for i in val]}
-    answers = [sft_answer(series, label, task) for series, label in zip(train.series, train.labels, strict=True)]
+    # Who reads digits sees no picture: their texts measure the series itself.
+    seen = task if pngs is not None else replace(task, plot=replace(task.plot, spectrogram=None))
+    answers = [sft_answer(series, label, seen) for series, label in zip(train.series, train.labels, strict=True)]
     for name, rows in tables.items():
         write_parquet(to_table(rows), folder / f"{name}.parquet")
     for name, numbers in (("sft_fit", fit), ("sft_val", val)):

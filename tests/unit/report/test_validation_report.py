@@ -42,13 +42,18 @@ def test_a_report_matches_numbers_made_by_hand() -> None:
     found = report.classification
     assert found is not None
     assert report.accuracy == 0.5 and report.n == report.n_prompts == 10
-    assert report.standard_error == pytest.approx(math.sqrt(0.25 / 10))
+    assert report.standard_error == pytest.approx(math.sqrt(0.25 / 11))  # at one half, Wilson counts one row more
     assert found.confusion.tolist() == [[3, 1, 1], [1, 2, 2]]
     assert found.recall == {"Desktop": pytest.approx(0.6), "Laptop": pytest.approx(0.4)}
     # Desktop: precision 3/4, recall 3/5; Laptop: precision 2/3, recall 2/5
     assert found.macro_f1 == pytest.approx((2 * 3 / (4 + 5) + 2 * 2 / (3 + 5)) / 2)
     assert found.parse_failure_rate == pytest.approx(0.3)
     assert report.majority_share == 0.5
+
+
+def test_no_fault_in_a_few_rows_is_no_certainty() -> None:
+    report = classification_report([row("Desktop", "Desktop") for _ in range(4)], CLASSES)["ctu"]
+    assert report.accuracy == 1.0 and report.standard_error == pytest.approx(1 / 10)  # 1 / (2 (n + 1))
 
 
 def test_an_unparsed_answer_never_becomes_a_class() -> None:
@@ -110,7 +115,9 @@ def test_several_answers_a_prompt_give_mean_and_majority() -> None:
     # p1 right, p2 a tie that the first readable answer (Laptop) decides, p3 nothing readable
     assert metrics["val-aux/ctu/acc/maj@3"] == pytest.approx(1 / 3)
     assert metrics["val-aux/ctu/score/mean@3"] == pytest.approx(report.mean_score)
-    assert report.n == 9 and report.standard_error == pytest.approx(math.sqrt(1 / 3 * 2 / 3 / 3))
+    share, prompts = 1 / 3, 3  # not nine answers
+    wilson = math.sqrt(share * (1 - share) / prompts + 1 / (4 * prompts**2)) / (1 + 1 / prompts)
+    assert report.n == 9 and report.standard_error == pytest.approx(wilson)
 
 
 def test_one_answer_a_prompt_has_no_majority_metric() -> None:

@@ -114,6 +114,19 @@ def test_a_spectrogram_of_too_few_points_is_an_error_naming_the_row(
     assert re.search(message, capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
+def test_texts_about_digits_speak_of_the_series_and_texts_about_a_spectrogram_of_what_is_in_it(tmp_path: Path) -> None:
+    folder = write_files(tmp_path, steps=60)
+    asked = ("csv.drop=[time]", "csv.plot=spectrogram", "csv.rate=100", "limit=8")
+    for modality in ("image", "numeric"):
+        built(folder, tmp_path / modality, *asked, f"modality={modality}")
+    picture, digits = (
+        " ".join(pq.read_table(tmp_path / modality / "sft_fit.parquet")["response"].to_pylist())
+        for modality in ("image", "numeric")
+    )
+    said = [[word in text for word in ("loudest part", "rhythm")] for text in (picture, digits)]
+    assert said == [[True, False], [False, True]]
+
+
 def test_rows_are_scored_by_the_classes_that_they_carry(tmp_path: Path) -> None:
     built(write_files(tmp_path, name="scored"), tmp_path / "out", "csv.drop=[time]", "modality=numeric")
     record = pq.read_table(tmp_path / "out" / "test.parquet").to_pylist()[0]
@@ -261,6 +274,13 @@ def test_a_list_that_cannot_be_read_is_one_line_with_the_key(value: str, capsys:
     assert main(["task=csv", "source=.", f"csv.drop={value}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: csv.drop={value}: no list of words") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["csv.classes", "csv.drop"])
+def test_words_with_a_comma_and_no_brackets_are_asked_back(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["task=csv", "source=.", f"{key}=ok,worn"]) == 2
+    ways = "write [ok,worn], or ['ok,worn'] for one word with a comma"
+    assert capsys.readouterr().err == f"error: {key}=ok,worn: one word, or a list? {ways}\n"
 
 
 def test_hidden_files_are_no_series(tmp_path: Path) -> None:

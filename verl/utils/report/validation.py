@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import f1_score, recall_score
 
 from verl.protocol import Score
+from verl.utils.report.wilson import wilson_half_width
 from verl.utils.reward_score.returns import failure_kind, number
 from verl.utils.reward_score.tags import fold
 
@@ -77,7 +78,7 @@ class SourceReport:
     accuracy: float | None
     """Mean over ok answers; None also where the reward function tells neither `acc` nor a prediction."""
     standard_error: float | None
-    """sqrt(p (1 - p) / n) with n prompts: the N answers of one prompt are not independent."""
+    """Wilson's, with n prompts: the N answers of one prompt are not independent. Not 0 at accuracy 0 or 1."""
     classification: Classification | None
     """None where no answer could carry a prediction (a function that returns a bare number)."""
     at_n: Mapping[str, float]
@@ -213,7 +214,7 @@ def _accuracy(row: ValidationRow) -> float | None:
 def _standard_error(accuracy: float | None, prompts: int) -> float | None:
     if accuracy is None or not 0 <= accuracy <= 1:
         return None
-    return math.sqrt(accuracy * (1 - accuracy) / prompts)
+    return wilson_half_width(accuracy, prompts)
 
 
 def _classification(rows: Sequence[ValidationRow], names: tuple[str, ...], ids: Mapping[str, int]) -> Classification:
