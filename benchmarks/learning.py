@@ -138,13 +138,15 @@ def rows_and_curves(
             if run.task == task:
                 by_engine.setdefault(run.engine, {})[run.seed] = found
         for engine, seeds in by_engine.items():
-            stages = f"{engine} engine" if recipe.rl_steps else f"SFT alone on {recipe.taught}"
-            workload = f"{task} ({recipe.modality}), {stages}{recipe.remarks}"
-            made += rows_of(workload, seeds, rows.parameters_of(Run(task, min(seeds), engine).folder(recipe) / "tiny"))
+            run = Run(task, min(seeds), engine)
+            workload = run.workload(recipe)
+            made += rows_of(workload, seeds, rows.parameters_of(run.folder(recipe) / "tiny"))
             if recipe.rl_steps:
                 curves[workload] = {str(seed): [round(x, 4) for x in f["rewards"]] for seed, f in seeds.items()}
         if recipe.rl_steps and len(by_engine) == 2 and by_engine["hf"].keys() == by_engine["vllm"].keys():
-            made.append(comparison(task + recipe.remarks, by_engine["hf"], by_engine["vllm"]))
+            made.append(
+                comparison(task + recipe.variant("hf").removeprefix("hf engine"), by_engine["hf"], by_engine["vllm"])
+            )
     return made, curves
 
 
@@ -168,7 +170,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rl-lr", type=float, default=RL_LR, help="highest learning rate of GRPO")
     parser.add_argument("--start", choices=STARTS, default="plots", help="the random model's weights and image scale")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--append", action="store_true", help="keep the rows of other tasks and engines")
+    parser.add_argument("--append", action="store_true", help="keep the rows of other workloads")
     return parser.parse_args(argv)
 
 

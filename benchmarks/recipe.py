@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +53,15 @@ class Recipe:
         """The rows of SFT, in words."""
         return "all rows" if self.sft_share == 1 else f"{self.sft_share:.0%} of the rows"
 
-    @property
-    def remarks(self) -> str:
-        """What is not the default, as the end of a workload's name."""
+    def variant(self, engine: str) -> str:
+        """How a task is trained: the end of a workload's name. Start and rate of GRPO where they are not the default;
+        sizes, steps and batches stand in the command of the rows alone."""
         start = "" if self.start == "plots" else f", {self.start} start"
         if not self.rl_steps:
-            return start
+            return f"SFT alone on {self.taught}{start}"
         taught = "" if self.sft_share == 1 else f", SFT on {self.taught}"
-        return f"{start}{taught}{'' if self.rl_lr == RL_LR else f', GRPO at {self.rl_lr:g}'}"
+        rate = "" if self.rl_lr == RL_LR else f", GRPO at {self.rl_lr:g}"
+        return f"{engine} engine{start}{taught}{rate}"
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,13 @@ class Run:
     seed: int
     engine: str
 
+    def workload(self, recipe: Recipe) -> str:
+        return f"{self.task} ({recipe.modality}), {recipe.variant(self.engine)}"
+
     def folder(self, recipe: Recipe) -> Path:
-        stages = self.engine if recipe.rl_steps else "sft_alone"
-        return recipe.folder / f"{self.task}_{recipe.modality}_{stages}_seed{self.seed}"
+        """Of its own for every workload and seed: `ctu_image_hf_engine_sft_on_25_of_the_rows_seed1`."""
+        words = re.findall(r"\w+", self.workload(recipe).lower())
+        return recipe.folder / f"{'_'.join(words)}_seed{self.seed}"
 
 
 def _sampling(prefix: str) -> list[str]:

@@ -22,10 +22,11 @@ Row = Mapping[str, Any]
 
 _TASKS = ("ctu", "har", "ecg", "emg", "tee", "rcw")
 _TRAINED = re.compile(
-    r"(?P<task>\w+) \((?P<modality>\w+)\), (?:hf engine|(?P<alone>SFT alone on all rows))"
-    r"(?:, SFT on (?P<share>\d+%) of the rows)?(?:, GRPO at (?P<rate>\S+))?"
+    r"(?P<task>\w+) \(image\), "
+    r"(?:hf engine(?:, SFT on (?P<share>\d+%) of the rows)?(?:, GRPO at (?P<rate>\S+))?"
+    r"|SFT alone on (?P<alone>all|\d+%)(?: of the)? rows)"
 )
-"""Workloads of `learning.py` that the table shows: the hf engine from the start for plots, and SFT alone."""
+"""Workloads of `learning.py` that the table shows: plots, the start made for them, the hf engine or SFT alone."""
 
 _CTU = "CTU-3B"
 _GLANCE = (
@@ -69,10 +70,11 @@ def quantity(value: float, unit: str) -> str:
 
 
 def _by_workload(found: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    by_workload: dict[str, dict[str, Row]] = {}
+    """The rows of each workload, by name: those of its last run, never of two machines or commits together."""
+    runs: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in found:
-        by_workload.setdefault(row["workload"], {})[row["row"]] = row
-    return by_workload
+        runs.setdefault((row["workload"], row["hardware"], row["commit"]), {})[row["row"]] = row
+    return {workload: of for (workload, *_), of in runs.items()}
 
 
 def with_error(row: Row) -> str:
@@ -97,54 +99,46 @@ class Line:
     rows: Mapping[str, Row]
 
     def cells(self) -> tuple[str, ...]:
-        sft, f1 = self.rows["sft_acc"], self.rows["sft_f1"]["value"]
+        of, sft = self.rows, self.rows["sft_acc"]
         size = f"{sft['parameters'] / 1e6:.1f} M"
         if self.rate is None:
-            return self.share, "no GRPO", with_error(sft), "", "", f"{f1:.3f}", size
-        gained = (with_error(sft), with_error(self.rows["rl_acc"]), added(self.rows["gain"]))
-        return (
-            self.share,
-            f"{self.rate:.0e}".replace("e-0", "e-"),
-            *gained,
-            f"{f1:.3f} → {self.rows['rl_f1']['value']:.3f}",
-            size,
-        )
+            alone = (f"{of['sft_parse_failure']['value']:.1%}", f"{of['sft_f1']['value']:.3f}")
+            return self.share, "no GRPO", with_error(sft), "", "", *alone, size
+        gained = (with_error(sft), with_error(of["rl_acc"]), added(of["gain"]))
+        f1 = f"{of['sft_f1']['value']:.3f} → {of['rl_f1']['value']:.3f}"
+        return self.share, f"{self.rate:g}", *gained, malformed(of), f1, size
+
+
+def malformed(of: Mapping[str, Row]) -> str:
+    """Share of the test answers before and after GRPO that name no class."""
+    return f"{of['sft_parse_failure']['value']:.1%} → {of['rl_parse_failure']['value']:.1%}"
 
 
 def lines_of(task: str, trained: Mapping[str, Mapping[str, Row]]) -> list[Line]:
-    """A share of the rows before all of them, by falling learning rate; SFT alone where no GRPO went on from it."""
+    """A share of the rows before all of them; SFT alone before GRPO by falling learning rate."""
     found: list[Line] = []
-    for workload, rows_ in trained.items():
+    for workload, of in trained.items():
         match = _TRAINED.fullmatch(workload)
-        if match and match["task"] == task and match["modality"] == "image":
+        if match and match["task"] == task:
             rate = None if match["alone"] else float(match["rate"] or RL_LR)
-            found.append(Line(match["share"] or "all", rate, rows_))
-    went_on = {line.share for line in found if line.rate is not None}
-    shown = [line for line in found if line.rate is not None or line.share not in went_on]
-    return sorted(shown, key=lambda line: (line.share == "all", -(line.rate or 0)))
+            found.append(Line(match["alone"] or match["share"] or "all", rate, of))
+    return sorted(found, key=lambda line: (line.share == "all", line.rate is not None, -(line.rate or 0)))
 
 
 def learning(results: Mapping[str, Sequence[Row]]) -> str:
     """Test accuracy and macro-F1 before and after GRPO beside the baselines, one line for each way of training."""
     baselines = {row["row"]: row["value"] for row in results["baselines"]}
     trained = _by_workload(results["learning"])
-    head = ("task", "test rows", "majority", "1-NN", "ROCKET", "SFT on", "GRPO's rate")
-    head += ("after SFT", "after GRPO", "added", "macro-F1", "parameters")
+    head = ("task", "test rows", "majority", "1-NN", "ROCKET", "MiniRocket", "SFT on", "GRPO's rate")
+    head += ("after SFT", "after GRPO", "added", "malformed", "macro-F1", "parameters")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for task in _TASKS:
+        beside = [f"{task} {name}" for name in ("majority", "1-NN", "ROCKET", "MiniRocket")]
+        shown = [f"{baselines[name]:.3f}" if name in baselines else "" for name in beside]
         for line in lines_of(task, trained):
-            cells = (
-                *(f"`{task}`", str(line.rows["sft_acc"]["samples"])),
-                *(_shown(baselines, f"{task} {name}") for name in ("majority", "1-NN")),
-                _shown(baselines, f"{task} ROCKET") or _shown(baselines, f"{task} MiniRocket", " (Mini)"),
-                *line.cells(),
-            )
+            cells = (f"`{task}`", str(line.rows["sft_acc"]["samples"]), *shown, *line.cells())
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _shown(values: Mapping[str, float], name: str, remark: str = "") -> str:
-    return f"{values[name]:.3f}{remark}" if name in values else ""
 
 
 def modalities(results: Mapping[str, Sequence[Row]]) -> str:
@@ -161,7 +155,7 @@ def modalities(results: Mapping[str, Sequence[Row]]) -> str:
             cells = (
                 *(f"`{task}`", input_, f"{found['prompt_tokens']['value']:,.0f}"),
                 *(with_error(found["sft_acc"]), with_error(found["rl_acc"]), added(found["gain"])),
-                " → ".join(f"{found[f'{stage}_parse_failure']['value']:.1%}" for stage in ("sft", "rl")),
+                malformed(found),
                 found["reward_gain"]["mode"].rpartition("median step ")[2],
             )
             lines.append(f"| {' | '.join(cells)} |")

@@ -160,7 +160,7 @@ def _text(arg: str, kind: str) -> str | list[str] | None:
         said = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ValueError(f"{arg}: no list of words ({said}): write [a,b], in quotes what holds , [ ] or #") from error
     if not isinstance(found, list) and "," in value:
-        raise ValueError(f"{arg}: one word, or a list? write [{value}], or ['{value}'] for one word with a comma")
+        raise ValueError(f"{arg}: a comma, and no brackets: write [a,b] for two words, ['a,b'] for one with a comma")
     items = found if isinstance(found, list) else [value]
     if not all(isinstance(item, str) for item in items):
         raise ValueError(f"{arg}: no list of words: write [a,b], in quotes what holds : , [ ] or #")
@@ -304,7 +304,8 @@ def _write(
     train = take(archive.train, kept["train"])
     val, fit = cut_val(task, train.labels, train.groups, seed)
     tables = {**made, "fit": [made["train"][i] for i in fit], "val": [made["train"][i] for i in val]}
-    # Who reads digits sees no picture: their texts measure the series itself.
+    # Who reads digits sees no picture, so their texts measure the series itself, at every point. That says less of a
+    # sound than its ridge does.
     seen = task if pngs is not None else replace(task, plot=replace(task.plot, spectrogram=None))
     answers = [sft_answer(series, label, seen) for series, label in zip(train.series, train.labels, strict=True)]
     for name, rows in tables.items():

@@ -120,12 +120,16 @@ def test_a_control_has_rows_and_folders_of_its_own(
     if rl_steps:  # and no comparison of two seeds with one
         taught = "" if share == 1 else ", SFT on 25% of the rows"
         assert named == {f"ctu (image), {engine} engine{taught}" for engine in ("hf", "vllm")} == curves.keys()
-        assert runs[0].folder(recipe).name == "ctu_image_hf_seed1"
-        _, slower = learning.rows_and_curves({runs[0]: stages("1110")}, replace(recipe, rl_lr=1e-4))
-        assert list(slower) == [f"ctu (image), hf engine{taught}, GRPO at 0.0001"]
+        on = "" if share == 1 else "sft_on_25_of_the_rows_"
+        assert runs[0].folder(recipe).name == f"ctu_image_hf_engine_{on}seed1"
+        slower = replace(recipe, rl_lr=1e-4)
+        _, found = learning.rows_and_curves({runs[0]: stages("1110")}, slower)
+        assert list(found) == [f"ctu (image), hf engine{taught}, GRPO at 0.0001"]
+        assert runs[0].folder(slower).name == f"ctu_image_hf_engine_{on}grpo_at_0_0001_seed1"
     else:
         assert named == {f"ctu (image), SFT alone on {'all rows' if share == 1 else '25% of the rows'}"} and not curves
-        assert runs[0].folder(recipe).name == "ctu_image_sft_alone_seed1"
+        on = "all_rows" if share == 1 else "25_of_the_rows"
+        assert runs[0].folder(recipe).name == f"ctu_image_sft_alone_on_{on}_seed1"
 
 
 def test_sft_alone_has_no_rows_of_grpo(learning_rows: Any) -> None:

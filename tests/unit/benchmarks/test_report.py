@@ -27,6 +27,7 @@ def results() -> dict[str, list[dict[str, Any]]]:
 
 def trained(workload: str, sft: float, rl: float) -> list[dict[str, Any]]:
     shared = {"workload": workload, "samples": 250, "parameters": 1_800_000, "mode": "seeds 1: 0.1, 2: 0.3"}
+    shared |= {"hardware": "1x NVIDIA H200", "commit": "abc1234"}
     values = {"sft_acc": sft, "rl_acc": rl, "sft_f1": sft, "rl_f1": rl, "prompt_tokens": 328.0}
     values |= {"sft_parse_failure": 0.1, "rl_parse_failure": 0.0}
     made = [shared | {"row": name, "value": value} for name, value in values.items()]
@@ -53,20 +54,28 @@ def test_quantities_have_three_digits(report: Any, value: float, unit: str, text
 
 def test_a_task_has_a_line_for_each_way_of_training_and_none_for_other_starts(report: Any) -> None:
     rows = trained("ctu (image), hf engine, library start", 0.5, 0.6) + trained("ctu (image), hf engine", 0.7, 0.8)
-    rows += trained("ctu (image), hf engine, GRPO at 3e-05", 0.7, 0.71)
+    rows += trained("ctu (image), hf engine, GRPO at 0.00025", 0.7, 0.71)
     rows += trained("ctu (image), hf engine, SFT on 25% of the rows", 0.6, 0.8)
     rows += trained("ctu (numeric), hf engine", 0.1, 0.2) + trained("ctu (image), vllm engine", 0.1, 0.2)
-    for task in ("ctu", "tee"):  # of ctu, GRPO went on from it
-        rows += [row for row in trained(f"{task} (image), SFT alone on all rows", 0.6, 0.0) if "sft" in row["row"]]
+    for workload in ("ctu (image), SFT alone on 25% of the rows", "tee (image), SFT alone on all rows"):
+        rows += [row for row in trained(workload, 0.6, 0.0) if "sft" in row["row"]]
     baselines = [{"row": f"{task} MiniRocket", "value": 0.72} for task in ("ctu", "tee")]
     baselines += [{"row": "ctu majority", "value": 0.5}, {"row": "tee ROCKET", "value": 0.8}]
     lines = report.learning({"learning": rows, "baselines": baselines}).splitlines()[2:]
-    shown = [(cells[0], cells[5], cells[6]) for cells in (line.strip("| ").split(" | ") for line in lines)]
-    ways = [("`ctu`", "25%", "3e-4"), ("`ctu`", "all", "3e-4"), ("`ctu`", "all", "3e-5")]
-    assert shown == [*ways, ("`tee`", "all", "no GRPO")]
-    assert "| 0.500 |  | 0.720 (Mini) | 25% | 3e-4 | 0.600 ± 0.031 | 0.800 ± 0.025 | +0.200 ± 0.050 |" in lines[0]
-    assert lines[0].endswith("| 0.600 → 0.800 | 1.8 M |")
-    assert lines[3].endswith("| 0.800 | all | no GRPO | 0.600 ± 0.031 |  |  | 0.600 | 1.8 M |")
+    shown = [(cells[0], cells[6], cells[7]) for cells in (line.strip("| ").split(" | ") for line in lines)]
+    quarter = [("`ctu`", "25%", "no GRPO"), ("`ctu`", "25%", "0.0003")]
+    whole = [("`ctu`", "all", "0.0003"), ("`ctu`", "all", "0.00025"), ("`tee`", "all", "no GRPO")]
+    assert shown == quarter + whole
+    assert "| 0.500 |  |  | 0.720 | 25% | 0.0003 | 0.600 ± 0.031 | 0.800 ± 0.025 | +0.200 ± 0.050 |" in lines[1]
+    assert lines[1].endswith("| 10.0% → 0.0% | 0.600 → 0.800 | 1.8 M |")
+    assert lines[4].endswith("| 0.800 | 0.720 | all | no GRPO | 0.600 ± 0.031 |  |  | 10.0% | 0.600 | 1.8 M |")
+
+
+def test_a_line_is_one_run_the_last(report: Any) -> None:
+    older = [row | {"hardware": "2 CPU cores"} for row in trained("ctu (image), hf engine", 0.6, 0.9)]
+    newer = [row for row in trained("ctu (image), hf engine", 0.7, 0.8) if row["row"] != "prompt_tokens"]
+    found = report._by_workload(older + newer)["ctu (image), hf engine"]
+    assert "prompt_tokens" not in found and found["rl_acc"]["value"] == 0.8
 
 
 def test_plots_and_digits_are_compared_only_where_both_were_trained(report: Any) -> None:

@@ -279,8 +279,8 @@ def test_a_list_that_cannot_be_read_is_one_line_with_the_key(value: str, capsys:
 @pytest.mark.parametrize("key", ["csv.classes", "csv.drop"])
 def test_words_with_a_comma_and_no_brackets_are_asked_back(key: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["task=csv", "source=.", f"{key}=ok,worn"]) == 2
-    ways = "write [ok,worn], or ['ok,worn'] for one word with a comma"
-    assert capsys.readouterr().err == f"error: {key}=ok,worn: one word, or a list? {ways}\n"
+    ways = "a comma, and no brackets: write [a,b] for two words, ['a,b'] for one with a comma"
+    assert capsys.readouterr().err == f"error: {key}=ok,worn: {ways}\n"
 
 
 def test_hidden_files_are_no_series(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class SourceReport:
     accuracy: float | None
     """Mean over ok answers; None also where the reward function tells neither `acc` nor a prediction."""
     standard_error: float | None
-    """Wilson's, with n prompts: the N answers of one prompt are not independent. Not 0 at accuracy 0 or 1."""
+    """Half the width of Wilson's interval (z = 1) with n prompts, as the N answers of one are not independent."""
     classification: Classification | None
     """None where no answer could carry a prediction (a function that returns a bare number)."""
     at_n: Mapping[str, float]
