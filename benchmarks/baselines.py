@@ -3,8 +3,8 @@
     python3 benchmarks/baselines.py [--archives ../shared/data] [--seeds 1 2 3] [--tasks ctu tee]
 
 Looks for the archives' folders under --archives; rows of tasks and baselines that are not asked for stay as they are.
-Each is written as it comes: ROCKET (10,000 kernels) takes from half a minute to minutes a seed, and for ECG and RCW, with
-thousands of long series, far longer; `--baselines majority 1-NN MiniRocket` leaves it out.
+Each is written as it comes. ROCKET (10,000 kernels) takes from half a minute to minutes a seed, and for ECG and RCW,
+with thousands of long series, far longer; `--baselines majority 1-NN MiniRocket` leaves it out.
 """
 
 from __future__ import annotations

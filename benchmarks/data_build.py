@@ -1,5 +1,7 @@
 """Time and memory of the data step: each task from its raw archive, and 10,000 series of 1,500 points drawn.
 
+RCW, whose archive is too large to bring along, is built from a made-up one of 1,000 clips in its format.
+
     python3 benchmarks/data_build.py [--archives ../shared/data] [--series 10000] [--workers 2]
 
 Nothing is cached between builds. CPU seconds are of all processes together; where they are far below what the wall time
@@ -31,6 +33,8 @@ FOLDERS = {
     "ecg": "cinc2017",
 }
 AIM_S = 120.0
+CLIPS = {"TRAIN": 850, "TEST": 150}
+TIMED = ("draw", *FOLDERS, "rcw")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,22 @@ def draw(count: int, workers: int) -> int:
     return sum(len(png) for png in draw_all(list(steps.cumsum(axis=2)), style, workers=workers))
 
 
+def write_clips(folder: Path) -> Path:
+    """RightWhaleCalls in the archive's .arff format: noise of 4,000 points at 2 kHz, half of it with a rising tone."""
+    folder.mkdir(parents=True)
+    rng, seconds = np.random.default_rng(0), np.arange(4000) / 2000
+    tone = np.sin(2 * np.pi * (60 * seconds + 45 * seconds**2))
+    head = "@relation RightWhaleCalls\n" + "".join(f"@attribute att{i} numeric\n" for i in range(len(tone)))
+    head += "@attribute target {NoWhale,RightWhale}\n@data\n"
+    for split, count in CLIPS.items():
+        with (folder / f"RightWhaleCalls_{split}.arff").open("w") as file:
+            file.write(head)
+            for row in range(count):
+                values = rng.normal(size=len(tone)) + tone * (row % 2)
+                file.write(",".join(f"{v:.4f}" for v in values) + f",{('NoWhale', 'RightWhale')[row % 2]}\n")
+    return folder
+
+
 def row_of(name: str, workload: str, cost: Cost, samples: int, note: str = "") -> rows.BenchmarkRow:
     return rows.BenchmarkRow(
         row=name,
@@ -77,7 +97,7 @@ def main() -> None:
     parser.add_argument("--archives", type=Path, default=rows.ROOT.parent / "shared" / "data")
     parser.add_argument("--series", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rows", nargs="+", default=["draw", *FOLDERS], choices=["draw", *FOLDERS])
+    parser.add_argument("--rows", nargs="+", default=TIMED, choices=TIMED)
     parser.add_argument("--only-draw", action="store_true", help="used by the script itself")
     args = parser.parse_args()
     if args.only_draw:
@@ -93,16 +113,18 @@ def main() -> None:
         for name, folder in FOLDERS.items():
             if name in args.rows:
                 build(name, args.archives / folder, Path(scratch, name), args.workers)
+        if "rcw" in args.rows:
+            build("rcw", write_clips(Path(scratch, "clips")), Path(scratch, "rcw"), args.workers, archive="made-up")
 
 
-def build(name: str, source: Path, output: Path, workers: int) -> None:
+def build(name: str, source: Path, output: Path, workers: int, *, archive: str = "raw") -> None:
     if not source.is_dir():
         print(f"{name}: no archive at {source}; left out", flush=True)
         return
     options = [f"task={name}", f"source={source}", f"output={output}", "cache=null", f"workers={workers}"]
     cost = run([sys.executable, "-m", "verl.timeseries.build", *options])
     plots = sum(1 for _ in output.glob("images/*/*.png"))
-    keep(row_of(f"build {name}", f"raw archive to plots and parquet, {workers} workers", cost, plots))
+    keep(row_of(f"build {name}", f"{archive} archive to plots and parquet, {workers} workers", cost, plots))
 
 
 def keep(row: rows.BenchmarkRow) -> None:
