@@ -19,10 +19,8 @@ if (($# == 0)); then
   python3 -m ruff check .
   python3 -m ruff format --check .
   python3 -m mypy
-  # Two files of tests at a time; one file stays in one process, so that its fixtures are made once. In the order of
-  # collection the long runs come first: xdist's own order begins with the files of many short tests, and at the end one
-  # process waits for the other's last long run.
-  set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
+  # Two files of tests at a time; one file stays in one process, so that its fixtures are made once.
+  set -- --numprocesses 2 --dist loadfile
 fi
 # A later -m or path among the arguments replaces these defaults.
 exec python3 -m pytest -m "(unit or integration) and not slow and not gpu" "$@"
