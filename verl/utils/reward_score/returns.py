@@ -82,8 +82,13 @@ def failed(kind: FailureKind, detail: str) -> Score:
 def failure_kind(score: Score) -> FailureKind:
     """The kind of a failed score, read from its reason."""
     assert score.reason is not None, f"this score is ok (total {score.total}), it has no failure kind"
+    return kind_of_reason(score.reason)
+
+
+def kind_of_reason(reason: str) -> FailureKind:
+    """The kind that a reason begins with; OTHER where it begins with none."""
     try:
-        return FailureKind(score.reason.partition(":")[0])
+        return FailureKind(reason.partition(":")[0])
     except ValueError:
         return FailureKind.OTHER
 

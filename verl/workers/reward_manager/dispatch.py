@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from verl.protocol import Prompt, Score
-from verl.utils.reward_score.returns import FailureKind, failed
+from verl.utils.reward_score.returns import FailureKind, failed, kind_of_reason
 from verl.workers.reward_manager.manager import RewardItem
 
 Place = tuple[int, int]
@@ -335,7 +335,7 @@ class Dispatcher:
 
 def _got_no_turn(score: Score | PackedScore) -> bool:
     reason = score.reason if isinstance(score, Score) else score[3]
-    return reason is not None and reason.startswith(f"{FailureKind.STARVED.value}:")
+    return reason is not None and kind_of_reason(reason) is FailureKind.STARVED
 
 
 def pack(score: Score) -> PackedScore:
